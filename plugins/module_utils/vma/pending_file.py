@@ -1,0 +1,162 @@
+# Copyright (c) The vmbackup.vma contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Files that appear whole or not at all: written beside their name, brought to disk, renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import stat
+import typing as t
+
+from .errors import BusyError, SpaceError, TargetError
+
+_SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def target_errors(path: str) -> t.Iterator[None]:
+    """Turn what the system says while C(path) is written into a TargetError, or a SpaceError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _SPACE_ERRORS:
+            raise SpaceError(
+                f"there is no room: {error.strerror}", file=path, remedy="Make room, or choose another target."
+            ) from error
+        raise TargetError(f"cannot be written: {error.strerror}", file=path) from error
+
+
+def write_all(fd: int, offset: int, data: bytes | bytearray | memoryview) -> None:
+    """Write C(data) at C(offset), however many calls it takes. Raises: OSError."""
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(fd, view, offset)
+        view = view[count:]
+        offset += count
+
+
+def sync_folder(path: str) -> None:
+    """Make the names in a folder durable. Raises: OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class PendingFile:
+    """A file that gets its name when it is whole and on disk, and leaves no trace otherwise.
+
+    It is written beside its name with mode 0600, under a name that cannot be guessed, and locked: so another run knows
+    that this one lives, and the next one removes what a killed run left.
+    """
+
+    _SUFFIX = ".vma-part"
+
+    def __init__(self, dest: str) -> None:
+        """Raises: BusyError where another run writes C(dest); TargetError, SpaceError."""
+        self.dest = dest
+        self._folder = os.path.dirname(os.path.abspath(dest))
+        self._fd: int | None = None
+        name = os.path.basename(dest)[:180]
+        self.path = os.path.join(self._folder, f".{name}.{secrets.token_hex(8)}{self._SUFFIX}")
+        siblings = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{16}}{re.escape(self._SUFFIX)}")
+        if os.path.isdir(dest):
+            raise TargetError("expected a file, found a folder", file=dest, remedy="Name the file in it.")
+        with target_errors(dest):
+            folder_fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                # Some network file systems cannot lock a folder; there, two runs that start in the same moment both go on.
+                with contextlib.suppress(OSError):
+                    fcntl.flock(folder_fd, fcntl.LOCK_EX)
+                for entry in os.listdir(folder_fd):
+                    if siblings.fullmatch(entry):
+                        self._remove_leftover(os.path.join(self._folder, entry))
+                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                self._fd = os.open(self.path, flags, 0o600)
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            finally:
+                os.close(folder_fd)
+
+    def _remove_leftover(self, path: str) -> None:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
+        except BlockingIOError as error:
+            raise BusyError(
+                "another run is writing this file",
+                file=self.dest,
+                remedy="Wait for it to end, or stop it, and run again.",
+            ) from error
+        finally:
+            os.close(fd)
+
+    @property
+    def fd(self) -> int:
+        """The open descriptor. Raises: ValueError after the end."""
+        if self._fd is None:
+            raise ValueError("the file is no longer pending")
+        return self._fd
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write at C(offset). Several threads may be in here. Raises: TargetError, SpaceError."""
+        with target_errors(self.dest):
+            write_all(self.fd, offset, data)
+
+    def sync(self) -> None:
+        """Bring the content to disk; what follows is the name alone. Raises: TargetError, SpaceError."""
+        with target_errors(self.dest):
+            os.fsync(self.fd)
+
+    def commit(self) -> None:
+        """Give the file its name, in place of what has it now, whose owner and mode it takes over.
+
+        Raises: TargetError, SpaceError; the old file is then untouched.
+        """
+        with target_errors(self.dest):
+            self._adopt_attributes()
+            os.fsync(self.fd)
+            os.rename(self.path, self.dest)
+            os.close(self.fd)
+            self._fd = None
+            sync_folder(self._folder)
+
+    def _adopt_attributes(self) -> None:
+        try:
+            old = os.lstat(self.dest)
+        except FileNotFoundError:
+            return
+        if not stat.S_ISREG(old.st_mode):
+            return
+        new = os.fstat(self.fd)
+        if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
+            # Not every user may give files away: then the new file is the user's own, and stays closed to others.
+            try:
+                os.fchown(self.fd, old.st_uid, old.st_gid)
+            except PermissionError:
+                return
+        os.fchmod(self.fd, stat.S_IMODE(old.st_mode))
+        with contextlib.suppress(OSError):
+            os.setxattr(self.fd, "security.selinux", os.getxattr(self.dest, "security.selinux", follow_symlinks=False))
+
+    def discard(self) -> None:
+        """Remove the file, unless it was committed. May be called more than once."""
+        if self._fd is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
+            os.close(self._fd)
+            self._fd = None
+
+
+__all__ = ("PendingFile", "sync_folder", "target_errors", "write_all")

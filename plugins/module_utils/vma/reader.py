@@ -1,0 +1,440 @@
+# Copyright (c) The vmbackup.vma contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""An open archive: its header, and its extents followed from first to last, each checked on the way.
+
+Verifying, extracting and comparing all read through this room; they differ in what they do with an extent's data, and
+in whether a problem ends the reading or is written down.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import typing as t
+
+from . import layout
+from .archive_file import Stream, open_archive, open_stream
+from .coverage import AnyCoverage, Budget, Coverage, StreamCoverage
+from .errors import ArchiveError, Problem, Report, refuse
+from .image import drop_behind
+from .layout import CLUSTER_SIZE, EXTENT_HEADER_SIZE, Device, Extent, Header, Run, Segment
+from .parallel import Crew, Throttle
+
+_RESYNC_CHUNK = 1 << 20
+_VMSTATE_SLACK = 1 << 30
+"""Bytes that a vmstate may be longer than its size in the header says, on top of twice that size."""
+
+
+Visitor = t.Callable[[memoryview, t.List[Segment]], None]
+"""What an operation does with an extent's data and its segments, which all lie within their devices.
+
+Called from several threads at once, in any order.
+"""
+
+
+_EMPTY_EXTENTS = 64
+"""Extents without any cluster that are put up with: Proxmox VE writes one where an archive has no device."""
+
+
+class Statistics:
+    """What a scan counted. C(read_bytes) are bytes of the uncompressed archive."""
+
+    def __init__(self) -> None:
+        self.extents = 0
+        self.clusters = 0
+        self.data_bytes = 0
+        self.read_bytes = 0
+        self.with_digest = 0
+
+    @property
+    def integrity(self) -> str:
+        """C(sha256) where every extent carries a digest, and there is one; otherwise C(none)."""
+        return "sha256" if self.extents and self.with_digest == self.extents else "none"
+
+
+class Reader:
+    """An archive that is open for reading. Use it as a context manager."""
+
+    def __init__(self, path: str, report: Report = refuse) -> None:
+        """Open the archive and read its header, and nothing behind it.
+
+        C(report) gets each problem. By default the first one is raised.
+
+        Raises: ArchiveError where there is no header to be read, RequestError, ToolError.
+        """
+        self.path = path
+        self.statistics = Statistics()
+        self.damaged: set[int] = set()
+        """The devices of which something is known to be wrong."""
+        self._report_to = report
+        self._counting = threading.Lock()
+        self._ended = False
+        self._fd = open_archive(path)
+        self._stream: Stream | None = None
+        try:
+            self.file_size = os.fstat(self._fd).st_size
+            self._stream = open_stream(self._fd)
+            self.header = self._read_header(self._stream)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, ArchiveError):
+                error.file = path
+            raise
+        self._position = self.header.size
+        self._budget = Budget()
+        self.coverage: dict[int, AnyCoverage] = {
+            device.dev_id: StreamCoverage(device.clusters)
+            if device.name == layout.VMSTATE
+            else Coverage(device.clusters, self._budget)
+            for device in self.header.devices
+        }
+        self._devices = {device.dev_id: device for device in self.header.devices}
+        self._length_limit = self._longest_stream()
+
+    @property
+    def stream(self) -> Stream:
+        """The uncompressed bytes. Raises: ValueError after close()."""
+        if self._stream is None:
+            raise ValueError("the archive is closed")
+        return self._stream
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file. May be called more than once."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _report(self, problem: Problem) -> None:
+        try:
+            self._report_to(problem)
+        except ArchiveError as error:
+            error.file = self.path
+            raise
+
+    def _read_header(self, stream: Stream) -> Header:
+        fixed = bytearray(layout.HEADER_FIXED_SIZE)
+        size = layout.parse_header_size(memoryview(fixed)[: stream.read(0, memoryview(fixed))])
+        data = bytearray(size)
+        data[: len(fixed)] = fixed
+        count = len(fixed) + stream.read(len(fixed), memoryview(data)[len(fixed) :])
+        if count < size:
+            raise ArchiveError(Problem("truncated", f"expected {size} bytes of header, found {count}", count))
+        return layout.parse_header(data, self._report)
+
+    def _longest_stream(self) -> int:
+        """The most bytes that an archive of these devices can have: an extent for each cluster. Stops bombs."""
+        clusters = _EMPTY_EXTENTS
+        for device in self.header.devices:
+            clusters += device.clusters
+            if device.name == layout.VMSTATE:
+                clusters += device.clusters + _VMSTATE_SLACK // CLUSTER_SIZE
+        return self.header.size + clusters * (EXTENT_HEADER_SIZE + CLUSTER_SIZE)
+
+    @property
+    def end(self) -> int:
+        """The offset behind the last extent that could be followed."""
+        return self._position
+
+    def size_of(self, device: Device) -> int:
+        """How many bytes the device has. A vmstate's size is told by its clusters, so it is known after the scan."""
+        stored = t.cast(StreamCoverage, self.coverage[device.dev_id]).next if device.name == layout.VMSTATE else 0
+        return device.size if stored <= device.clusters else stored * CLUSTER_SIZE
+
+    # --- following the extents ----------------------------------------------------------------------------------------
+
+    def scan(
+        self,
+        visit: Visitor | None,
+        *,
+        threads: int = 1,
+        wanted: t.Container[int] | None = None,
+        bytes_per_second: int | None = None,
+        until_complete: bool = False,
+    ) -> None:
+        """Follow the extents to the end, check each, and hand it to C(visit). Call this once.
+
+        Without C(visit) no data is read where the file can be skipped through. C(wanted) are the dev_ids whose data
+        is needed, all by default; extents without them are not read. C(until_complete) ends the scan as soon as all
+        clusters of the wanted devices have come.
+
+        Raises: ArchiveError where the report raises it; what C(visit) raises.
+        """
+        stream = self.stream
+        crew = Crew(stream.interrupt)
+        throttle = Throttle(bytes_per_second, crew)
+        turn = threading.Lock()
+
+        def work() -> None:
+            view = memoryview(bytearray(EXTENT_HEADER_SIZE + layout.EXTENT_DATA_SIZE))
+            while True:
+                crew.check()
+                with turn:
+                    if until_complete and self._is_complete(wanted):
+                        return
+                    found = self._next_extent(view)
+                    if found is None:
+                        return
+                offset, extent = found
+                if visit is None or not (wanted is None or any(run.dev_id in wanted for run in extent.runs)):
+                    continue
+                whole = view[: EXTENT_HEADER_SIZE + extent.data_size]
+                throttle.take(len(whole))
+                if self._load(offset, extent, whole) and self._check_digest(offset, extent, whole):
+                    visit(whole[EXTENT_HEADER_SIZE:], self._inside(layout.segments(extent.runs)))
+
+        crew.run(work, threads)
+        self._drop_behind()
+        self._report_missing(wanted)
+
+    def _is_complete(self, wanted: t.Container[int] | None = None) -> bool:
+        return not any(
+            coverage.missing for dev_id, coverage in self.coverage.items() if wanted is None or dev_id in wanted
+        )
+
+    def _report_missing(self, wanted: t.Container[int] | None) -> None:
+        for device in self.header.devices:
+            coverage = self.coverage[device.dev_id]
+            if coverage.missing and (wanted is None or device.dev_id in wanted):
+                self.damaged.add(device.dev_id)
+                first = coverage.first_missing()
+                message = f"{coverage.missing} of {device.clusters} clusters of {device.name!r} are missing, the first is {first}"
+                self._report(Problem("cluster_missing", message, device=device.name, cluster=first))
+
+    def _next_extent(self, view: memoryview) -> tuple[int, Extent] | None:
+        """Read, check and account for the next extent whose header is sound; None at the end.
+
+        C(view) gets the header as the digest covers it, and the data where the stream comes only once.
+        """
+        while not self._ended:
+            offset = self._position
+            try:
+                count = self.stream.read(offset, view[:EXTENT_HEADER_SIZE])
+                if not count:
+                    break
+                extent = self._parse(offset, view[:count])
+            except ArchiveError as error:
+                self._report(error.problem)
+                if error.problem.kind not in _LOST or not self._resync(offset + EXTENT_HEADER_SIZE):
+                    break
+                continue
+            view[:EXTENT_HEADER_SIZE] = extent.blank
+            end = offset + EXTENT_HEADER_SIZE + extent.data_size
+            try:
+                self._require(offset, extent, view[EXTENT_HEADER_SIZE : end - offset])
+                self._account(offset, extent)
+            except ArchiveError as error:
+                self._report(error.problem)
+                break
+            self._position = end
+            return offset, extent
+        self._ended = True
+        return None
+
+    def _parse(self, offset: int, header: memoryview) -> Extent:
+        complete = self._is_complete()
+        if offset >= self._length_limit:
+            message = f"the archive goes on after {offset} bytes, which is more than its devices can take"
+            raise ArchiveError(Problem("trailing_data", message, offset))
+        if len(header) < EXTENT_HEADER_SIZE and not complete:
+            message = f"expected an extent header of {EXTENT_HEADER_SIZE} bytes, found {len(header)}"
+            raise ArchiveError(Problem("truncated", message, offset))
+        if complete and header[:4] != layout.EXTENT_MAGIC:
+            count = f"{self.file_size - offset} bytes" if self.stream.seekable else "more bytes"
+            message = f"all clusters have come, but {count} follow"
+            raise ArchiveError(Problem("trailing_data", message, offset))
+        if len(header) < EXTENT_HEADER_SIZE:
+            raise ArchiveError(
+                Problem("trailing_data", f"all clusters have come, but {len(header)} bytes follow", offset)
+            )
+        return layout.parse_extent(header, self.header.uuid, offset)
+
+    def _resync(self, position: int) -> bool:
+        """Look from C(position) on for the next sound extent header, and continue there. False where there is none."""
+        memory = bytearray(_RESYNC_CHUNK)
+        view = memoryview(memory)
+        while True:
+            try:
+                count = self.stream.read(position, view)
+            except ArchiveError as error:
+                self._report(error.problem)
+                return False
+            at = memory.find(layout.EXTENT_MAGIC, 0, count)
+            while 0 <= at <= count - EXTENT_HEADER_SIZE:
+                if layout.is_extent(view[at : at + EXTENT_HEADER_SIZE], self.header.uuid):
+                    self.stream.unread(view[at:count])
+                    self._position = position + at
+                    return True
+                at = memory.find(layout.EXTENT_MAGIC, at + 1, count)
+            if count < _RESYNC_CHUNK:
+                return False
+            overlap = EXTENT_HEADER_SIZE - 1
+            self.stream.unread(view[count - overlap : count])
+            position += count - overlap
+
+    def _require(self, offset: int, extent: Extent, data: memoryview) -> None:
+        """See that the archive holds the extent's data; read it now where the stream comes only once."""
+        begin = offset + EXTENT_HEADER_SIZE
+        if self.stream.seekable:
+            present = min(extent.data_size, max(0, self.file_size - begin))
+        else:
+            present = self.stream.read(begin, data)
+            self._drop_behind()
+        self.statistics.read_bytes += EXTENT_HEADER_SIZE + (0 if self.stream.seekable else present)
+        if present < extent.data_size:
+            self._mark_damaged(extent)
+            message = f"expected {extent.data_size} bytes of data after the extent header, found {present}"
+            raise ArchiveError(Problem("truncated", message, offset))
+
+    def _account(self, offset: int, extent: Extent) -> None:
+        statistics = self.statistics
+        has_digest = extent.digest is not None
+        if statistics.extents and has_digest != bool(statistics.with_digest):
+            others = "carry none" if has_digest else "do"
+            carries = "carries a digest" if has_digest else "carries no digest"
+            self._mark_damaged(extent)
+            self._report(Problem("extent_digest", f"the extent {carries}, but the ones before it {others}", offset))
+        statistics.extents += 1
+        statistics.with_digest += has_digest
+        statistics.data_bytes += extent.data_size
+        for run in extent.runs:
+            statistics.clusters += run.count
+            device = self._devices.get(run.dev_id)
+            if device is None:
+                message = f"{run.count} clusters of device {run.dev_id}, which the header does not have"
+                self._report(Problem("unknown_device", message, offset, cluster=run.cluster))
+                continue
+            coverage = self.coverage[run.dev_id]
+            if isinstance(coverage, StreamCoverage):
+                self._account_stream(offset, run, device, coverage)
+            else:
+                self._account_clusters(offset, run, device, coverage)
+
+    def _account_clusters(self, offset: int, run: Run, device: Device, coverage: Coverage) -> None:
+        outside = max(0, run.cluster + run.count - device.clusters)
+        if outside:
+            first = max(run.cluster, device.clusters)
+            message = f"{min(outside, run.count)} clusters from {first} on lie outside {device.name!r}, which has {device.clusters}"
+            self.damaged.add(device.dev_id)
+            self._report(Problem("cluster_out_of_range", message, offset, device.name, first))
+        if run.cluster >= device.clusters:
+            return
+        count = min(run.count, device.clusters - run.cluster)
+        tail_blocks = -(-(device.size - (device.clusters - 1) * CLUSTER_SIZE) // layout.BLOCK_SIZE)
+        if run.cluster + count == device.clusters and run.mask != layout.FULL_MASK and run.mask >> tail_blocks:
+            message = (
+                f"the last cluster of {device.name!r} has {tail_blocks} blocks, its mask {run.mask:#06x} stores more"
+            )
+            self.damaged.add(device.dev_id)
+            self._report(Problem("cluster_out_of_range", message, offset, device.name, device.clusters - 1))
+        for cluster in coverage.add(run.cluster, count):
+            self.damaged.add(device.dev_id)
+            message = f"cluster {cluster} of {device.name!r} comes a second time"
+            self._report(Problem("cluster_duplicate", message, offset, device.name, cluster))
+
+    def _account_stream(self, offset: int, run: Run, device: Device, coverage: StreamCoverage) -> None:
+        if run.cluster != coverage.next:
+            self.damaged.add(device.dev_id)
+            message = f"expected cluster {coverage.next} of the RAM state next, found {run.cluster}"
+            self._report(Problem("vmstate_order", message, offset, device.name, run.cluster))
+        coverage.next = run.cluster + run.count
+        limit = 2 * device.clusters + _VMSTATE_SLACK // CLUSTER_SIZE
+        if coverage.next > limit:
+            message = f"the RAM state has more than {limit} clusters, its size in the header tells of {device.clusters}"
+            raise ArchiveError(Problem("cluster_out_of_range", message, offset, device.name, coverage.next - 1))
+
+    def _mark_damaged(self, extent: Extent) -> None:
+        self.damaged.update(run.dev_id for run in extent.runs)
+
+    # --- data ---------------------------------------------------------------------------------------------------------
+
+    def _load(self, offset: int, extent: Extent, whole: memoryview) -> bool:
+        """Read the data behind the header where that was not done yet. False where it cannot be had."""
+        if not self.stream.seekable:
+            return True
+        data = whole[EXTENT_HEADER_SIZE:]
+        begin = offset + EXTENT_HEADER_SIZE
+        try:
+            count = self.stream.read(begin, data)
+            if count < len(data):
+                message = f"expected {len(data)} bytes of data, found {count}: the file shrank while it was read"
+                raise ArchiveError(Problem("truncated", message, offset))
+        except ArchiveError as error:
+            self._mark_damaged(extent)
+            self._report(error.problem)
+            return False
+        drop_behind(self._fd, offset, len(whole))
+        with self._counting:
+            self.statistics.read_bytes += count
+        return True
+
+    def _check_digest(self, offset: int, extent: Extent, whole: memoryview) -> bool:
+        """Whether the extent's digest, where it carries one, is that of its bytes."""
+        if extent.digest is None:
+            return True
+        actual = layout.extent_digest(whole)
+        if actual == extent.digest:
+            return True
+        self._mark_damaged(extent)
+        first = extent.runs[0] if extent.runs else None
+        device = None if first is None else self._devices.get(first.dev_id)
+        message = (
+            f"the {len(whole)} bytes of the extent were changed: expected the SHA-256 {extent.digest.hex()}, "
+            f"found {actual.hex()}; it holds {self._contents(extent)}"
+        )
+        self._report(
+            Problem(
+                "extent_digest",
+                message,
+                offset,
+                None if device is None else device.name,
+                None if first is None else first.cluster,
+            )
+        )
+        return False
+
+    def _contents(self, extent: Extent) -> str:
+        ranges: list[list[int]] = []
+        for run in extent.runs:
+            if ranges and ranges[-1][0] == run.dev_id and ranges[-1][2] == run.cluster:
+                ranges[-1][2] += run.count
+            else:
+                ranges.append([run.dev_id, run.cluster, run.cluster + run.count])
+        names = {dev_id: device.name for dev_id, device in self._devices.items()}
+        parts = [f"clusters {first} to {end - 1} of {names.get(dev_id, dev_id)!r}" for dev_id, first, end in ranges]
+        return ", ".join(parts[:3]) + (f" and {len(parts) - 3} more stretches" if len(parts) > 3 else "")
+
+    def _inside(self, found: list[Segment]) -> list[Segment]:
+        """The segments, or what of them lies within their devices."""
+        inside = []
+        for segment in found:
+            device = self._devices.get(segment.dev_id)
+            if device is None:
+                continue
+            limit = device.size if device.name != layout.VMSTATE else segment.start + segment.length
+            length = min(segment.length, limit - segment.start)
+            if length == segment.length:
+                inside.append(segment)
+            elif length > 0:
+                inside.append(segment._replace(length=length))
+        return inside
+
+    def _drop_behind(self) -> None:
+        if not self.stream.seekable:
+            drop_behind(self._fd, 0, os.lseek(self._fd, 0, os.SEEK_CUR))
+
+
+_LOST = ("extent_magic", "extent_checksum", "extent_uuid", "extent_block_count")
+"""After these, what follows may still be read: its headers are looked for."""
+
+__all__ = ("Reader", "Statistics", "Visitor")
