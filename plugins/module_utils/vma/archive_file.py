@@ -9,6 +9,7 @@ This room knows of descriptors, pipes and compression formats; what the bytes me
 
 from __future__ import annotations
 
+import abc
 import bz2
 import contextlib
 import fcntl
@@ -61,13 +62,14 @@ def usable_cpus() -> int:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-class Stream:
+class Stream(abc.ABC):
     """The bytes of an archive without its compression."""
 
     compression = "none"
     seekable = False
     """Whether reads may skip and may come from several threads at once."""
 
+    @abc.abstractmethod
     def read(self, offset: int, view: memoryview) -> int:
         """Fill C(view) with the bytes from C(offset). Returns how many came: fewer than asked only at the end.
 
@@ -75,14 +77,16 @@ class Stream:
 
         Raises: ArchiveError of the kinds read_error, decompression, trailing_data.
         """
-        raise AssertionError("each kind of stream defines this")
 
+    @abc.abstractmethod
     def unread(self, view: memoryview) -> None:
         """Take back the last bytes that read() gave, so that they come again."""
 
+    @abc.abstractmethod
     def interrupt(self) -> None:
         """Make a read() that waits in another thread return soon."""
 
+    @abc.abstractmethod
     def close(self) -> None:
         """Let go of everything. May be called more than once."""
 
@@ -94,8 +98,6 @@ class PlainStream(Stream):
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        # The kernel would read ahead of headers that are megabytes apart; extents are read whole, and need no help.
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def read(self, offset: int, view: memoryview) -> int:
         done = 0
@@ -108,6 +110,15 @@ class PlainStream(Stream):
                 break
             done += count
         return done
+
+    def unread(self, view: memoryview) -> None:
+        """Reads name their offset, so nothing has to be remembered."""
+
+    def interrupt(self) -> None:
+        """A read of a file does not wait for anything that could be ended."""
+
+    def close(self) -> None:
+        """The descriptor is the caller's."""
 
 
 def _read_error(error: OSError, offset: int) -> ArchiveError:
@@ -263,7 +274,7 @@ class _Command:
     def __init__(self, fd: int, command: list[str], purpose: str) -> None:
         self._name = command[0]
         path = find_tool(self._name, purpose)
-        self._stderr = tempfile.TemporaryFile()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close())
         self._process = subprocess.Popen(
             [path, *command[1:]], stdin=fd, stdout=subprocess.PIPE, stderr=self._stderr, env=_tool_environment()
         )
@@ -376,7 +387,7 @@ def compression_of(path: str, compression: str = "auto") -> str:
         raise RequestError(
             f"expected a name that ends in {', '.join(ENDINGS)}",
             file=path,
-            remedy="Change the name, or set compression.",
+            remedy="Change the name.",
         )
     return compression
 
@@ -456,7 +467,7 @@ class CommandSink(Sink):
         super().__init__(pending)
         self._name = command[0]
         path = find_tool(self._name, "to compress an archive")
-        self._stderr = tempfile.TemporaryFile()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close())
         # Its own open file, so that a compressor that outlives this process holds no lock of it.
         output = os.open(pending.path, os.O_WRONLY | os.O_CLOEXEC)
         try:

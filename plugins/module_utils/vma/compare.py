@@ -28,8 +28,9 @@ def differing(
 ) -> dict[int, int]:
     """The devices whose images differ from what the archive holds: dev_id to the offset of the first difference found.
 
-    An image of another size differs, unless it is a larger block device, or lacks only the end of its last sector. The scan ends early where all images differ;
-    otherwise the archive was read to its end, and every cluster of the compared devices is there once.
+    An image of another size differs, unless it is a larger block device, or lacks only the end of its last sector.
+    The scan ends early where all images differ; otherwise the archive was read to its end, and every cluster of the
+    compared devices is there once.
 
     Raises: ArchiveError by the reader's report; SourceError where an image cannot be read.
     """

@@ -15,10 +15,11 @@ import typing as t
 
 from .errors import ArchiveError, Problem
 
-CHUNK = 1 << 16
-"""Clusters in a chunk: 4 GiB of a device."""
-CHUNK_BUDGET = 2048
+CHUNK = 1 << 12
+"""Clusters in a chunk: 256 MiB of a device."""
+CHUNK_BUDGET = 1 << 15
 """Chunks in part filled at one time: 16 MiB of bits, enough for 8 TiB of clusters in any order."""
+_FULL = (1 << CHUNK) - 1
 
 
 class Budget:
@@ -33,7 +34,7 @@ class Budget:
             raise ArchiveError(
                 Problem(
                     "cluster_out_of_range",
-                    f"clusters are scattered over more than {CHUNK_BUDGET} separate regions of 4 GiB, "
+                    f"clusters are scattered over more than {CHUNK_BUDGET} separate regions of 256 MiB, "
                     "which no backup program does; reading on would take memory without bound",
                 )
             )
@@ -81,7 +82,7 @@ class Coverage:
             repeated = [base + n for n in range(at, at + count) if both >> n & 1]
             self.missing += len(repeated)
         bits |= new
-        if bits == (1 << self._chunk_size(chunk)) - 1:
+        if bits == _FULL or bits == (1 << self._chunk_size(chunk)) - 1:
             self._partial.pop(chunk, None)
             self._full.add(chunk)
             self._budget.give_back()

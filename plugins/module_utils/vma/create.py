@@ -180,11 +180,11 @@ def _difference(
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-class _Task(t.NamedTuple):
-    """An extent to be made: its number, and the stretches of clusters that fill its slots."""
+_HOLE_BATCH = 256
+"""Extents without data that a thread makes in one turn: they are headers alone."""
 
-    number: int
-    runs: list[tuple[int, int, int]]
+_Runs = t.Sequence["tuple[int, int, int]"]
+"""The stretches of clusters that fill an extent's slots: dev_id, first cluster, count."""
 
 
 class _Writer:
@@ -217,20 +217,23 @@ class _Writer:
         crew = Crew(interrupt)
         turns = Turns(crew)
         throttle = Throttle(self._bytes_per_second, crew)
-        tasks = self._tasks()
+        tasks = enumerate(self._tasks())
         choosing = threading.Lock()
 
         def work() -> None:
-            view = memoryview(bytearray(EXTENT_HEADER_SIZE + EXTENT_DATA_SIZE))
+            memory = bytearray(EXTENT_HEADER_SIZE + EXTENT_DATA_SIZE)
             while True:
                 crew.check()
                 with choosing:
-                    task = next(tasks, None)
-                if task is None:
+                    number, extents = next(tasks, (0, None))
+                if extents is None:
                     return
-                extent = self._make_extent(task, view, throttle)
-                data = sink.encode(extent)
-                offset = turns.take(task.number, lambda: sink.append(data))
+                end = 0
+                for runs in extents:
+                    end = self._make_extent(runs, memory, end, throttle)
+                data = sink.encode(memoryview(memory)[:end])
+                with turns.turn(number):
+                    offset = sink.append(data)
                 if offset is not None:
                     sink.write(offset, data)
 
@@ -241,9 +244,22 @@ class _Writer:
         crew.run(work, threads)
         sink.finish()
 
-    def _tasks(self) -> t.Iterator[_Task]:
-        """The extents in order: device after device, each slot filled."""
-        number = 0
+    def _tasks(self) -> t.Iterator[list[_Runs]]:
+        """The extents in order, each alone, or many together where they are headers only."""
+        holes: list[_Runs] = []
+        for runs in self._extents():
+            if self._is_hole(runs):
+                holes.append(runs)
+            if holes and (holes[-1] is not runs or len(holes) == _HOLE_BATCH):
+                yield holes
+                holes = []
+            if not self._is_hole(runs):
+                yield [runs]
+        if holes:
+            yield holes
+
+    def _extents(self) -> t.Iterator[_Runs]:
+        """Device after device, each slot filled."""
         runs: list[tuple[int, int, int]] = []
         free = layout.SLOTS
         for device in self._devices.values():
@@ -254,43 +270,51 @@ class _Writer:
                 cluster += count
                 free -= count
                 if not free:
-                    yield _Task(number, runs)
-                    number += 1
+                    yield runs
                     runs = []
                     free = layout.SLOTS
         if runs or not self._devices:  # without any extent, Proxmox VE takes an archive for cut short
-            yield _Task(number, runs)
+            yield runs
 
-    def _make_extent(self, task: _Task, view: memoryview, throttle: Throttle) -> memoryview:
-        """The extent's bytes, at the start of C(view)."""
+    def _is_hole(self, runs: _Runs) -> bool:
+        for dev_id, cluster, count in runs:
+            start = cluster * CLUSTER_SIZE
+            stop = start + count * CLUSTER_SIZE
+            if self._devices[dev_id].name == layout.VMSTATE or self._sources[dev_id].next_data(start, stop)[0] < stop:
+                return False
+        return True
+
+    def _make_extent(self, runs: _Runs, memory: bytearray, begin: int, throttle: Throttle) -> int:
+        """Put the extent's bytes into C(memory) from C(begin) on. Returns where they end."""
         stored = 0
         slot = 0
-        end = EXTENT_HEADER_SIZE
+        end = data_at = begin + EXTENT_HEADER_SIZE
         read = 0
-        for dev_id, cluster, count in task.runs:
-            bits, end, part = self._gather(dev_id, cluster, count, view, end, throttle)
+        for dev_id, cluster, count in runs:
+            bits, end, part = self._gather(dev_id, cluster, count, memory, end, throttle)
             stored |= bits << slot * layout.BLOCKS_PER_CLUSTER
             slot += count
             read += part
-        header = layout.build_extent(self._uuid, task.runs, stored)
+        header = layout.build_extent(self._uuid, runs, stored)
         digest = None
         if self._with_digests:
-            view[:EXTENT_HEADER_SIZE] = header
-            digest = layout.extent_digest(view[:end])
+            memory[begin:data_at] = header
+            digest = layout.extent_digest(memoryview(memory)[begin:end])
         layout.seal_extent(header, digest)
-        view[:EXTENT_HEADER_SIZE] = header
+        memory[begin:data_at] = header
         with self._counting:
             self.read_bytes += read
-            self.data_bytes += end - EXTENT_HEADER_SIZE
-        return view[:end]
+            self.data_bytes += end - data_at
+        return end
 
     def _gather(
-        self, dev_id: int, cluster: int, count: int, view: memoryview, end: int, throttle: Throttle
+        self, dev_id: int, cluster: int, count: int, memory: bytearray, end: int, throttle: Throttle
     ) -> tuple[int, int, int]:
-        """Read the clusters' blocks that are not zero to C(view) from C(end) on.
+        """Read the clusters' blocks that are not zero to C(memory) from C(end) on.
 
         Returns a bit for each block that is stored, the new end, and how many bytes were read.
         """
+        view = memoryview(memory)
         source = self._sources[dev_id]
         start = cluster * CLUSTER_SIZE
         stop = min(start + count * CLUSTER_SIZE, source.size)
@@ -312,7 +336,7 @@ class _Writer:
             read += length
             padded = -(-length // BLOCK_SIZE) * BLOCK_SIZE
             view[end + length : end + padded] = bytes(padded - length)
-            found, end = _squeeze(view, end, padded)
+            found, end = _squeeze(memory, end, padded)
             bits |= found << first - cluster * layout.BLOCKS_PER_CLUSTER
             start = data_stop
         return bits, end, read
@@ -329,12 +353,13 @@ class _Writer:
         return (1 << count * layout.BLOCKS_PER_CLUSTER) - 1, end + count * CLUSTER_SIZE, length
 
 
-def _squeeze(view: memoryview, begin: int, length: int) -> tuple[int, int]:
+def _squeeze(memory: bytearray, begin: int, length: int) -> tuple[int, int]:
     """Drop the zero blocks of a stretch of memory: what is left moves down to C(begin).
 
     Returns a bit for each block that is left, and where they end now.
     """
-    is_zero = t.cast(bytearray, view.obj).startswith
+    view = memoryview(memory)
+    is_zero = memory.startswith
     zeros = bytes([is_zero(_ZERO_BLOCK, at) for at in range(begin, begin + length, BLOCK_SIZE)])
     bits = 0
     end = begin

@@ -14,13 +14,13 @@ import typing as t
 
 REMEDIES: dict[str, str] = {
     "not_vma": "Name a file that Proxmox VE or vma_create made; other archive formats are not read.",
-    "header_checksum": "The header changed after it was written: use another archive, and check the storage of this one.",
+    "header_checksum": "The header changed after it was written: use another archive, check the storage.",
     "header_invalid": "The program that wrote this archive, or its storage, is at fault: use another archive.",
     "unsafe_name": "Do not let any tool build a path from this name. Extract the device to a path that you name.",
-    "extent_magic": "Bytes were overwritten, lost or inserted before this place: use another archive, check the storage.",
+    "extent_magic": "Bytes were overwritten, lost or inserted before this: use another archive, check the storage.",
     "extent_checksum": "The extent's header changed after it was written: use another archive, check the storage.",
     "extent_uuid": "This extent belongs to another archive: the file was put together from several.",
-    "extent_block_count": "The program that wrote this archive is at fault, or two archives were mixed: use another one.",
+    "extent_block_count": "The program that wrote this archive is at fault, or archives were mixed: use another one.",
     "extent_digest": "The data changed after the archive was written: use another archive, check the storage.",
     "truncated": "The copy or the backup was cut short: copy the archive again, or use another one.",
     "trailing_data": "Something was appended: other readers refuse this archive. Compare it with its origin.",
@@ -30,7 +30,7 @@ REMEDIES: dict[str, str] = {
     "cluster_missing": "The device cannot be restored in full: use another archive.",
     "vmstate_order": "The saved RAM state cannot be used; the disks beside it may still be whole.",
     "decompression": "The compressed file is damaged or cut short: copy the archive again, or use another one.",
-    "read_error": "The storage cannot deliver the archive's bytes: see the kernel's log (dmesg) for the device behind it.",
+    "read_error": "The storage cannot deliver the bytes: see the kernel's log (dmesg) for the device behind it.",
 }
 """Every kind of problem that an archive can have, and what to do about it."""
 

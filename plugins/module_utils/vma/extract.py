@@ -74,10 +74,14 @@ class Extracted:
     integrity: str | None = None
     elapsed: float = 0.0
 
+    def items(self) -> list[ExtractedDevice | ExtractedConfig]:
+        """All targets."""
+        return [*self.devices, *self.configs]
+
     @property
     def changed(self) -> bool:
         """Whether anything was, or would be, written."""
-        return self.folder_made or any(item.changed for item in (*self.devices, *self.configs))
+        return self.folder_made or any(item.changed for item in self.items())
 
 
 def extract(
@@ -227,7 +231,7 @@ class _Job:
         paths: dict[str, str] = {}
         identities: dict[tuple[int, int], str] = {}
         archive = os.stat(self._src)
-        for name, path in [(item.name, item.path) for item in (*self.result.devices, *self.result.configs)]:
+        for name, path in [(item.name, item.path) for item in self.result.items()]:
             real = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
             if real in paths:
                 raise RequestError(
@@ -334,7 +338,7 @@ class _Job:
             for plan in self._plans
             if plan.target.changed or (self._overwrite == "changed" and self._is_patched_in_place(plan))
         ]
-        if any(os.path.dirname(item.path) == self._dest for item in (*self.result.devices, *self.result.configs)):
+        if any(os.path.dirname(item.path) == self._dest for item in self.result.items()):
             self._make_folder()
         targets = {plan.device.dev_id: self._open_target(plan) for plan in plans}
         pending = [self._write_config(config) for config in configs]

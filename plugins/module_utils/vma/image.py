@@ -61,6 +61,7 @@ class Image:
         self.size = size
         self.is_block = is_block
         self._scratch = _Scratch()
+        self._hole = (0, 0)  # the hole that was found last: the next question is mostly about the same one
 
     def read(self, view: memoryview, offset: int) -> None:
         """Fill C(view) from C(offset). Raises: SourceError where the image ends before, or cannot be read."""
@@ -87,13 +88,18 @@ class Image:
 
         Both are C(end) where all is hole. The file system tells; where it cannot, all is data.
         """
+        hole_start, hole_end = self._hole
+        if hole_start <= start and end <= hole_end:
+            return end, end
         try:
             begin = os.lseek(self.fd, start, os.SEEK_DATA)
+            self._hole = start, begin
             if begin >= end:
                 return end, end
             return begin, min(end, os.lseek(self.fd, begin, os.SEEK_HOLE))
         except OSError as error:
             if error.errno == errno.ENXIO:
+                self._hole = start, self.size
                 return end, end
             if error.errno in _NO_SUPPORT:
                 return start, end
@@ -106,7 +112,7 @@ class Image:
         return next(self.differences(view, offset), None) is None
 
     def differences(self, view: memoryview, offset: int) -> t.Iterator[tuple[int, int]]:
-        """Where the image differs from C(view), which begins at C(offset): begin and end in the view, block by block."""
+        """The blocks that differ from C(view), which begins at C(offset): begin and end in the view."""
         scratch = self._scratch.get()
         for at in range(0, len(view), COMPARE_SIZE):
             part = view[at : at + COMPARE_SIZE]
@@ -161,7 +167,7 @@ class SourceImage(Image):
             raise SourceError(
                 f"cannot be opened: {error.strerror}",
                 file=path,
-                remedy="Check the path, and that the user may read it.",
+                remedy="Check the path and the permissions.",
             ) from error
         is_block = stat.S_ISBLK(status.st_mode)
         if not is_block and not stat.S_ISREG(status.st_mode):
@@ -230,7 +236,7 @@ class NewFile:
         self.pending.write(offset, view)
         return len(view)
 
-    def zero(self, offset: int, length: int) -> int:
+    def zero(self, offset: int, length: int) -> int:  # noqa: ARG002 (what is not written is a hole, and so zero)
         """See Target."""
         return 0
 

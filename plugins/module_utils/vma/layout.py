@@ -214,7 +214,7 @@ def parse_header(data: Buffer, report: Report) -> Header:
         report(
             Problem(
                 "header_invalid",
-                f"expected the blob buffer between {HEADER_FIXED_SIZE} and {size}, found {blob_size} bytes at {blob_at}",
+                f"expected the blob buffer from {HEADER_FIXED_SIZE} to {size}, found {blob_size} bytes at {blob_at}",
                 48,
             )
         )
@@ -334,7 +334,7 @@ class Run(t.NamedTuple):
 
     dev_id: int
     cluster: int
-    count: int
+    clusters: int
     mask: int
 
 
@@ -355,8 +355,8 @@ class Extent(t.NamedTuple):
 
     runs: list[Run]
     data_size: int
-    digest: bytes | None
-    blank: bytes
+    digest: Buffer | None
+    blank: Buffer
 
 
 def parse_extent(header: Buffer, uuid: bytes, offset: int) -> Extent:
@@ -379,32 +379,39 @@ def parse_extent(header: Buffer, uuid: bytes, offset: int) -> Extent:
         raise ArchiveError(
             Problem("extent_uuid", f"expected {expected}, found {uuid_module.UUID(bytes=found_uuid)}", offset)
         )
-    digest = bytes(blank[_DIGEST]) if blank[_DIGEST_MARK_AT] == 1 else None
+    digest = blank[_DIGEST] if blank[_DIGEST_MARK_AT] == 1 else None
     blank[_RESERVED] = _NO_RESERVED
     runs = _parse_runs(blank)
-    stored = sum(_count_bits(run.mask) * run.count for run in runs)
+    stored = 0
+    for run in runs:
+        stored += _count_bits(run.mask) * run.clusters
     if stored != block_count:
         raise ArchiveError(
             Problem(
                 "extent_block_count", f"expected {stored} blocks by the masks, found {block_count} by the count", offset
             )
         )
-    return Extent(runs, stored * BLOCK_SIZE, digest, bytes(blank))
+    return Extent(runs, stored * BLOCK_SIZE, digest, blank)
 
 
 def _parse_runs(blank: Buffer) -> list[Run]:
     # A slot is mask, 0, dev_id, number: as one integer, the next cluster of a device with the same mask is one more.
     slots = _SLOTS.unpack_from(blank, _SLOTS_AT)
-    steps = map(operator.sub, slots[1:], slots)
-    starts = [0]
-    starts += [at for at, step in enumerate(steps, 1) if step != 1 or not slots[at] & 0xFFFFFFFF]
-    starts.append(SLOTS)
+    if slots == tuple(range(slots[0], slots[0] + SLOTS)):  # most extents are one run, and this is a third of the search
+        bounds = [0, SLOTS]
+    else:
+        steps = map(operator.sub, slots[1:], slots)
+        bounds = [0, *[at for at, step in enumerate(steps, 1) if step != 1], SLOTS]
     runs = []
-    for start, end in zip(starts, starts[1:]):
+    for start, end in zip(bounds, bounds[1:]):
         slot = slots[start]
         dev_id = slot >> 32 & 0xFF
+        cluster = slot & 0xFFFFFFFF
+        first = min(end - start, (1 << 32) - cluster)
         if dev_id:
-            runs.append(Run(dev_id, slot & 0xFFFFFFFF, end - start, slot >> 48))
+            runs.append(Run(dev_id, cluster, first, slot >> 48))
+        if first < end - start:  # the highest number of one device, and 0 of the next, also are one apart
+            runs.append(Run(dev_id + 1, 0, end - start - first, slot >> 48))
     return runs
 
 
@@ -431,12 +438,12 @@ def segments(runs: t.Iterable[Run]) -> list[Segment]:
     for run in runs:
         if run.mask in (0, FULL_MASK):
             parts: t.Iterable[tuple[int, int, bool]] = (
-                (run.cluster * CLUSTER_SIZE, run.count * CLUSTER_SIZE, run.mask != 0),
+                (run.cluster * CLUSTER_SIZE, run.clusters * CLUSTER_SIZE, run.mask != 0),
             )
         else:
             parts = (
                 ((run.cluster + index) * CLUSTER_SIZE + first * BLOCK_SIZE, count * BLOCK_SIZE, stored)
-                for index in range(run.count)
+                for index in range(run.clusters)
                 for first, count, stored in _stretches(run.mask)
             )
         for start, length, stored in parts:
@@ -460,7 +467,9 @@ def build_extent(uuid: bytes, runs: t.Iterable[tuple[int, int, int]], stored: in
 
     C(runs) are dev_id, first cluster and count; C(stored) has a bit for each block, from bit 0, in the slots' order.
     """
-    slots = [dev_id << 32 | cluster for dev_id, first, count in runs for cluster in range(first, first + count)]
+    slots: list[int] = []
+    for dev_id, first, count in runs:
+        slots.extend(range(dev_id << 32 | first, (dev_id << 32 | first) + count))
     slots.extend([0] * (SLOTS - len(slots)))
     header = bytearray(EXTENT_HEADER_SIZE)
     _EXTENT.pack_into(header, 0, EXTENT_MAGIC, _count_bits(stored), uuid, _NO_MD5)

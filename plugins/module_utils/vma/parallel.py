@@ -9,6 +9,7 @@ Reading, writing, hashing and compressing release the interpreter's lock, so thr
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import typing as t
@@ -50,7 +51,7 @@ class Crew:
             work()
         except Stopped:
             return
-        except BaseException as error:  # carried to the caller of run(), whatever it is
+        except BaseException as error:  # noqa: BLE001 carried to the caller of run(), whatever it is
             with self._lock:
                 if self._error is None and not self._stop.is_set():
                     self._error = error
@@ -83,17 +84,17 @@ class Turns:
         self._next = 0
         self._changed = threading.Condition()
 
-    def take(self, number: int, act: t.Callable[[], t.Any]) -> t.Any:
-        """Wait for the turn of C(number), call C(act) and return its result. Raises: Stopped."""
+    @contextlib.contextmanager
+    def turn(self, number: int) -> t.Iterator[None]:
+        """Wait for the turn of C(number); it lasts as long as the context. Raises: Stopped."""
         with self._changed:
             while self._next != number:
                 self._crew.check()
                 self._changed.wait()
             self._crew.check()
-            result = act()
+            yield
             self._next += 1
             self._changed.notify_all()
-            return result
 
     def wake(self) -> None:
         """Let all that wait see that the crew has to stop."""

@@ -73,7 +73,7 @@ class PendingFile:
         with target_errors(dest):
             folder_fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                # Some network file systems cannot lock a folder; there, two runs that start in the same moment both go on.
+                # Some network file systems cannot lock a folder; there, two runs that start at once both go on.
                 with contextlib.suppress(OSError):
                     fcntl.flock(folder_fd, fcntl.LOCK_EX)
                 for entry in os.listdir(folder_fd):

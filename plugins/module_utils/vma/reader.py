@@ -27,13 +27,15 @@ _VMSTATE_SLACK = 1 << 30
 """Bytes that a vmstate may be longer than its size in the header says, on top of twice that size."""
 
 
-Visitor = t.Callable[[memoryview, t.List[Segment]], None]
+Visitor = t.Callable[[memoryview, "list[Segment]"], None]
 """What an operation does with an extent's data and its segments, which all lie within their devices.
 
 Called from several threads at once, in any order.
 """
 
 
+_BATCH_SIZE = 1 << 16
+"""Bytes of extents after which a thread has enough to do; zero clusters make extents of 512 bytes."""
 _EMPTY_EXTENTS = 64
 """Extents without any cluster that are put up with: Proxmox VE writes one where an archive has no device."""
 
@@ -171,27 +173,30 @@ class Reader:
         Raises: ArchiveError where the report raises it; what C(visit) raises.
         """
         stream = self.stream
+        if stream.seekable:
+            # Reading ahead of headers that are megabytes apart would read all of the archive.
+            advice = os.POSIX_FADV_RANDOM if visit is None else os.POSIX_FADV_SEQUENTIAL
+            os.posix_fadvise(self._fd, 0, 0, advice)
         crew = Crew(stream.interrupt)
         throttle = Throttle(bytes_per_second, crew)
         turn = threading.Lock()
 
         def work() -> None:
-            view = memoryview(bytearray(EXTENT_HEADER_SIZE + layout.EXTENT_DATA_SIZE))
+            view = memoryview(bytearray(_BATCH_SIZE + EXTENT_HEADER_SIZE + layout.EXTENT_DATA_SIZE))
             while True:
                 crew.check()
                 with turn:
-                    if until_complete and self._is_complete(wanted):
-                        return
-                    found = self._next_extent(view)
-                    if found is None:
-                        return
-                offset, extent = found
-                if visit is None or not (wanted is None or any(run.dev_id in wanted for run in extent.runs)):
+                    batch = self._next_extents(view, wanted if until_complete else ())
+                if not batch:
+                    return
+                if visit is None:
                     continue
-                whole = view[: EXTENT_HEADER_SIZE + extent.data_size]
-                throttle.take(len(whole))
-                if self._load(offset, extent, whole) and self._check_digest(offset, extent, whole):
-                    visit(whole[EXTENT_HEADER_SIZE:], self._inside(layout.segments(extent.runs)))
+                for offset, extent, whole in batch:
+                    if wanted is not None and not any(run.dev_id in wanted for run in extent.runs):
+                        continue
+                    throttle.take(len(whole))
+                    if self._load(offset, extent, whole) and self._check_digest(offset, extent, whole):
+                        visit(whole[EXTENT_HEADER_SIZE:], self._inside(layout.segments(extent.runs)))
 
         crew.run(work, threads)
         self._drop_behind()
@@ -208,8 +213,28 @@ class Reader:
             if coverage.missing and (wanted is None or device.dev_id in wanted):
                 self.damaged.add(device.dev_id)
                 first = coverage.first_missing()
-                message = f"{coverage.missing} of {device.clusters} clusters of {device.name!r} are missing, the first is {first}"
+                message = (
+                    f"{coverage.missing} of {device.clusters} clusters of {device.name!r} are missing, from {first} on"
+                )
                 self._report(Problem("cluster_missing", message, device=device.name, cluster=first))
+
+    def _next_extents(self, view: memoryview, awaited: t.Container[int] | None) -> list[tuple[int, Extent, memoryview]]:
+        """The next extents, one or as many small ones as make a thread's turn worth its while; none at the end.
+
+        Each comes with its offset and the part of C(view) that is its own. None comes once all clusters of the
+        devices in C(awaited) have, if there are any such.
+        """
+        batch: list[tuple[int, Extent, memoryview]] = []
+        used = 0
+        while used < _BATCH_SIZE and (awaited == () or not self._is_complete(awaited)):
+            found = self._next_extent(view[used:])
+            if found is None:
+                break
+            offset, extent = found
+            size = EXTENT_HEADER_SIZE + extent.data_size
+            batch.append((offset, extent, view[used : used + size]))
+            used += size
+        return batch
 
     def _next_extent(self, view: memoryview) -> tuple[int, Extent] | None:
         """Read, check and account for the next extent whose header is sound; None at the end.
@@ -242,21 +267,17 @@ class Reader:
         return None
 
     def _parse(self, offset: int, header: memoryview) -> Extent:
-        complete = self._is_complete()
         if offset >= self._length_limit:
             message = f"the archive goes on after {offset} bytes, which is more than its devices can take"
             raise ArchiveError(Problem("trailing_data", message, offset))
-        if len(header) < EXTENT_HEADER_SIZE and not complete:
-            message = f"expected an extent header of {EXTENT_HEADER_SIZE} bytes, found {len(header)}"
-            raise ArchiveError(Problem("truncated", message, offset))
-        if complete and header[:4] != layout.EXTENT_MAGIC:
-            count = f"{self.file_size - offset} bytes" if self.stream.seekable else "more bytes"
-            message = f"all clusters have come, but {count} follow"
+        is_extent = len(header) == EXTENT_HEADER_SIZE and header[:4] == layout.EXTENT_MAGIC
+        if not is_extent and self._is_complete():
+            more = f"{self.file_size - offset}" if self.stream.seekable else "more"
+            message = f"all clusters have come, but {more} bytes follow that are no extent"
             raise ArchiveError(Problem("trailing_data", message, offset))
         if len(header) < EXTENT_HEADER_SIZE:
-            raise ArchiveError(
-                Problem("trailing_data", f"all clusters have come, but {len(header)} bytes follow", offset)
-            )
+            message = f"expected an extent header of {EXTENT_HEADER_SIZE} bytes, found {len(header)}"
+            raise ArchiveError(Problem("truncated", message, offset))
         return layout.parse_extent(header, self.header.uuid, offset)
 
     def _resync(self, position: int) -> bool:
@@ -308,10 +329,10 @@ class Reader:
         statistics.with_digest += has_digest
         statistics.data_bytes += extent.data_size
         for run in extent.runs:
-            statistics.clusters += run.count
+            statistics.clusters += run.clusters
             device = self._devices.get(run.dev_id)
             if device is None:
-                message = f"{run.count} clusters of device {run.dev_id}, which the header does not have"
+                message = f"{run.clusters} clusters of device {run.dev_id}, which the header does not have"
                 self._report(Problem("unknown_device", message, offset, cluster=run.cluster))
                 continue
             coverage = self.coverage[run.dev_id]
@@ -321,15 +342,15 @@ class Reader:
                 self._account_clusters(offset, run, device, coverage)
 
     def _account_clusters(self, offset: int, run: Run, device: Device, coverage: Coverage) -> None:
-        outside = max(0, run.cluster + run.count - device.clusters)
+        outside = max(0, run.cluster + run.clusters - device.clusters)
         if outside:
             first = max(run.cluster, device.clusters)
-            message = f"{min(outside, run.count)} clusters from {first} on lie outside {device.name!r}, which has {device.clusters}"
+            message = f"clusters from {first} on are outside of {device.name!r}, which has {device.clusters} clusters"
             self.damaged.add(device.dev_id)
             self._report(Problem("cluster_out_of_range", message, offset, device.name, first))
         if run.cluster >= device.clusters:
             return
-        count = min(run.count, device.clusters - run.cluster)
+        count = min(run.clusters, device.clusters - run.cluster)
         tail_blocks = -(-(device.size - (device.clusters - 1) * CLUSTER_SIZE) // layout.BLOCK_SIZE)
         if run.cluster + count == device.clusters and run.mask != layout.FULL_MASK and run.mask >> tail_blocks:
             message = (
@@ -347,7 +368,7 @@ class Reader:
             self.damaged.add(device.dev_id)
             message = f"expected cluster {coverage.next} of the RAM state next, found {run.cluster}"
             self._report(Problem("vmstate_order", message, offset, device.name, run.cluster))
-        coverage.next = run.cluster + run.count
+        coverage.next = run.cluster + run.clusters
         limit = 2 * device.clusters + _VMSTATE_SLACK // CLUSTER_SIZE
         if coverage.next > limit:
             message = f"the RAM state has more than {limit} clusters, its size in the header tells of {device.clusters}"
@@ -360,7 +381,7 @@ class Reader:
 
     def _load(self, offset: int, extent: Extent, whole: memoryview) -> bool:
         """Read the data behind the header where that was not done yet. False where it cannot be had."""
-        if not self.stream.seekable:
+        if not self.stream.seekable or not extent.data_size:
             return True
         data = whole[EXTENT_HEADER_SIZE:]
         begin = offset + EXTENT_HEADER_SIZE
@@ -389,7 +410,7 @@ class Reader:
         first = extent.runs[0] if extent.runs else None
         device = None if first is None else self._devices.get(first.dev_id)
         message = (
-            f"the {len(whole)} bytes of the extent were changed: expected the SHA-256 {extent.digest.hex()}, "
+            f"the {len(whole)} bytes of the extent were changed: expected the SHA-256 {bytes(extent.digest).hex()}, "
             f"found {actual.hex()}; it holds {self._contents(extent)}"
         )
         self._report(
@@ -407,9 +428,9 @@ class Reader:
         ranges: list[list[int]] = []
         for run in extent.runs:
             if ranges and ranges[-1][0] == run.dev_id and ranges[-1][2] == run.cluster:
-                ranges[-1][2] += run.count
+                ranges[-1][2] += run.clusters
             else:
-                ranges.append([run.dev_id, run.cluster, run.cluster + run.count])
+                ranges.append([run.dev_id, run.cluster, run.cluster + run.clusters])
         names = {dev_id: device.name for dev_id, device in self._devices.items()}
         parts = [f"clusters {first} to {end - 1} of {names.get(dev_id, dev_id)!r}" for dev_id, first, end in ranges]
         return ", ".join(parts[:3]) + (f" and {len(parts) - 3} more stretches" if len(parts) > 3 else "")
