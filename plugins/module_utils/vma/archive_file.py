@@ -103,7 +103,7 @@ class PlainStream(Stream):
         done = 0
         while done < len(view):
             try:
-                count = os.preadv(self._fd, [view[done:]], offset + done)
+                count = os.preadv(self._fd, [view[done:] if done else view], offset + done)
             except OSError as error:
                 raise _read_error(error, offset + done) from error
             if not count:

@@ -58,40 +58,42 @@ class Coverage:
     def add(self, first: int, count: int) -> list[int]:
         """Note that the clusters from C(first) have come; all lie within the device. Returns those that came before."""
         repeated: list[int] = []
-        end = first + count
-        while first < end:
-            chunk, at = divmod(first, CHUNK)
-            part = min(end - first, CHUNK - at)
-            repeated += self._add_to_chunk(chunk, at, part)
+        while count:
+            chunk = first // CHUNK
+            part = min(count, (chunk + 1) * CHUNK - first)
+            repeated += self._add_to_chunk(chunk, first % CHUNK, part)
             first += part
+            count -= part
         return repeated
 
-    def _add_to_chunk(self, chunk: int, at: int, count: int) -> list[int]:
+    def _add_to_chunk(self, chunk: int, at: int, count: int) -> t.Sequence[int]:
         base = chunk * CHUNK
         if chunk in self._full:
-            return list(range(base + at, base + at + count))
+            return range(base + at, base + at + count)
         bits = self._partial.get(chunk)
         if bits is None:
             self._budget.take()
             bits = 0
         new = ((1 << count) - 1) << at
         both = bits & new
-        self.missing -= count
-        repeated: list[int] = []
-        if both:
-            repeated = [base + n for n in range(at, at + count) if both >> n & 1]
-            self.missing += len(repeated)
         bits |= new
-        if bits == _FULL or bits == (1 << self._chunk_size(chunk)) - 1:
+        if bits == self._complete(chunk):
             self._partial.pop(chunk, None)
             self._full.add(chunk)
             self._budget.give_back()
         else:
             self._partial[chunk] = bits
+        self.missing -= count
+        if not both:
+            return ()
+        repeated = [base + n for n in range(at, at + count) if both >> n & 1]
+        self.missing += len(repeated)
         return repeated
 
-    def _chunk_size(self, chunk: int) -> int:
-        return min(CHUNK, self.clusters - chunk * CHUNK)
+    def _complete(self, chunk: int) -> int:
+        """The bits of a chunk of which every cluster has come; the last chunk of a device may be shorter."""
+        left = self.clusters - chunk * CHUNK
+        return _FULL if left >= CHUNK else (1 << left) - 1
 
     def first_missing(self) -> int | None:
         """The lowest cluster that has not come; None where all have."""

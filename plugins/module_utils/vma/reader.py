@@ -342,26 +342,29 @@ class Reader:
                 self._account_clusters(offset, run, device, coverage)
 
     def _account_clusters(self, offset: int, run: Run, device: Device, coverage: Coverage) -> None:
-        outside = max(0, run.cluster + run.clusters - device.clusters)
-        if outside:
-            first = max(run.cluster, device.clusters)
-            message = f"clusters from {first} on are outside of {device.name!r}, which has {device.clusters} clusters"
-            self.damaged.add(device.dev_id)
-            self._report(Problem("cluster_out_of_range", message, offset, device.name, first))
-        if run.cluster >= device.clusters:
-            return
-        count = min(run.clusters, device.clusters - run.cluster)
-        tail_blocks = -(-(device.size - (device.clusters - 1) * CLUSTER_SIZE) // layout.BLOCK_SIZE)
-        if run.cluster + count == device.clusters and run.mask != layout.FULL_MASK and run.mask >> tail_blocks:
-            message = (
-                f"the last cluster of {device.name!r} has {tail_blocks} blocks, its mask {run.mask:#06x} stores more"
-            )
-            self.damaged.add(device.dev_id)
-            self._report(Problem("cluster_out_of_range", message, offset, device.name, device.clusters - 1))
+        count = run.clusters
+        if run.cluster + count >= device.clusters:
+            count = self._check_end(offset, run, device)
         for cluster in coverage.add(run.cluster, count):
             self.damaged.add(device.dev_id)
             message = f"cluster {cluster} of {device.name!r} comes a second time"
             self._report(Problem("cluster_duplicate", message, offset, device.name, cluster))
+
+    def _check_end(self, offset: int, run: Run, device: Device) -> int:
+        """Check a run that reaches the device's end, or further. Returns how many of its clusters lie within."""
+        message = None
+        inside = max(0, min(run.clusters, device.clusters - run.cluster))
+        blocks = -(-(device.size - (device.clusters - 1) * CLUSTER_SIZE) // layout.BLOCK_SIZE)
+        if inside < run.clusters:
+            first = run.cluster + inside
+            message = f"clusters from {first} on are outside of {device.name!r}, which has {device.clusters} clusters"
+        elif run.mask != layout.FULL_MASK and run.mask >> blocks:
+            first = device.clusters - 1
+            message = f"the last cluster of {device.name!r} has {blocks} blocks, the mask {run.mask:#06x} has more"
+        if message is not None:
+            self.damaged.add(device.dev_id)
+            self._report(Problem("cluster_out_of_range", message, offset, device.name, first))
+        return inside
 
     def _account_stream(self, offset: int, run: Run, device: Device, coverage: StreamCoverage) -> None:
         if run.cluster != coverage.next:
