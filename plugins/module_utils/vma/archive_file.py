@@ -240,7 +240,10 @@ class _Members:
                 self._waiting = os.read(self._fd, CHUNK)
                 if not self._waiting:
                     raise EOFError("the file ends before the compressed data does")
-            data = self._member.decompress(self._waiting, len(view))
+            try:
+                data = self._member.decompress(self._waiting, len(view))
+            except OSError as error:  # so bz2 says that its data is damaged
+                raise ValueError(str(error)) from error
             self._waiting = b""
             if data:
                 view[: len(data)] = data

@@ -155,6 +155,7 @@ class _Job:
         self._dry_run = dry_run
         self._plans: list[_Plan] = []
         self._selective = False
+        self._asked_for_all = False
         self._data_limit = 0
         self.result = Extracted([], [])
         self.stack = contextlib.ExitStack()
@@ -166,6 +167,7 @@ class _Job:
     ) -> None:
         """Find what was asked for in the archive, and a target for each."""
         by_name = {device.name: device for device in reader.header.devices}
+        self._asked_for_all = devices is None
         if devices is None:
             devices = [DeviceRequest(name) for name in by_name]
         for request in devices:
@@ -342,7 +344,7 @@ class _Job:
             self._make_folder()
         targets = {plan.device.dev_id: self._open_target(plan) for plan in plans}
         pending = [self._write_config(config) for config in configs]
-        if targets:
+        if targets or (self._asked_for_all and not self._plans):
             self._write_devices(plans, targets)
         for target in targets.values():
             target.commit()
@@ -399,7 +401,7 @@ class _Job:
             reader.scan(
                 visit,
                 threads=self._threads,
-                wanted=targets,
+                wanted=targets if len(targets) < len(reader.header.devices) else None,
                 bytes_per_second=self._bytes_per_second,
                 until_complete=self._selective,
             )

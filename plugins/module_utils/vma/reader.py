@@ -179,10 +179,11 @@ class Reader:
             os.posix_fadvise(self._fd, 0, 0, advice)
         crew = Crew(stream.interrupt)
         throttle = Throttle(bytes_per_second, crew)
+        most_data = min(layout.EXTENT_DATA_SIZE, self.file_size if stream.seekable else layout.EXTENT_DATA_SIZE)
         turn = threading.Lock()
 
         def work() -> None:
-            view = memoryview(bytearray(_BATCH_SIZE + EXTENT_HEADER_SIZE + layout.EXTENT_DATA_SIZE))
+            view = memoryview(bytearray(_BATCH_SIZE + EXTENT_HEADER_SIZE + most_data))
             while True:
                 crew.check()
                 with turn:
@@ -436,6 +437,8 @@ class Reader:
                 ranges.append([run.dev_id, run.cluster, run.cluster + run.clusters])
         names = {dev_id: device.name for dev_id, device in self._devices.items()}
         parts = [f"clusters {first} to {end - 1} of {names.get(dev_id, dev_id)!r}" for dev_id, first, end in ranges]
+        if not parts:
+            return "no clusters"
         return ", ".join(parts[:3]) + (f" and {len(parts) - 3} more stretches" if len(parts) > 3 else "")
 
     def _inside(self, found: list[Segment]) -> list[Segment]:
