@@ -74,7 +74,11 @@ def _first_difference(image: Image, segment: Segment, data: memoryview) -> int |
         return image.first_nonzero(segment.start, length)
     stored = data[segment.data_at : segment.data_at + length]
     difference = next(image.differences(stored, segment.start), None)
-    return None if difference is None else segment.start + difference[0]
+    if difference is not None:
+        return segment.start + difference[0]
+    # What lies behind the image's end stands for the zeros that would fill its last sector.
+    behind = data[segment.data_at + length : segment.data_at + segment.length]
+    return image.size if any(behind) else None
 
 
 def _has_size(image: Image, size: int) -> bool:

@@ -165,6 +165,8 @@ def _difference(
                 device.name: device.size for device in present.devices
             }:
                 return "the devices' names or sizes differ"
+            if not present.devices:
+                reader.scan(None)
             images = {by_name[device.name].dev_id: source for device, source in zip(asked.devices, sources)}
             differences = differing(reader, images, threads=threads, bytes_per_second=bytes_per_second)
             for device in present.devices:

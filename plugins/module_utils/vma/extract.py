@@ -156,6 +156,7 @@ class _Job:
         self._plans: list[_Plan] = []
         self._selective = False
         self._asked_for_all = False
+        self._uses_folder = False
         self._data_limit = 0
         self.result = Extracted([], [])
         self.stack = contextlib.ExitStack()
@@ -197,6 +198,7 @@ class _Job:
     def _plan(self, device: Device, request: DeviceRequest) -> _Plan:
         if request.path is None:
             _check_name(self._src, "device", device.name)
+            self._uses_folder = True
             name = "vmstate.bin" if device.name == layout.VMSTATE else f"disk-{device.name}.{request.format}"
             path = os.path.join(self._dest, name)
             present = _stat_unlinked(path)
@@ -218,6 +220,7 @@ class _Job:
 
     def _plan_config(self, config: Config) -> ExtractedConfig:
         _check_name(self._src, "config", config.name)
+        self._uses_folder = True
         path = os.path.join(self._dest, config.name)
         found = ExtractedConfig(config.name, path, len(config.data), config.data)
         if _stat_unlinked(path) is not None:
@@ -296,8 +299,24 @@ class _Job:
                         plan.target.changed, plan.target.reason = True, f"it differs at offset {offset}"
 
     def _open(self) -> Reader:
-        """The archive once more. Raises: RequestError where it is another one by now."""
+        """The archive once more. Raises: RequestError where it is another one by now.
+
+        Where only some devices are asked for, the others may be damaged: then only what concerns these is raised.
+        """
+        wanted = {plan.device.dev_id for plan in self._plans}
+        passed: list[Problem] = []
+
+        def report(problem: Problem) -> None:
+            # What ends the reading is found first, and that clusters are missing follows from it.
+            if problem.offset is None and passed:
+                problem = passed[0]
+            elif self._selective and not reader.damaged & wanted:
+                passed.append(problem)
+                return
+            raise ArchiveError(problem)
+
         reader = Reader(self._src, _pass_names)
+        reader.report_to(report)
         devices = {device.dev_id: device for device in reader.header.devices}
         if any(devices.get(plan.device.dev_id) != plan.device for plan in self._plans):
             reader.close()
@@ -340,7 +359,7 @@ class _Job:
             for plan in self._plans
             if plan.target.changed or (self._overwrite == "changed" and self._is_patched_in_place(plan))
         ]
-        if any(os.path.dirname(item.path) == self._dest for item in self.result.items()):
+        if self._uses_folder:
             self._make_folder()
         targets = {plan.device.dev_id: self._open_target(plan) for plan in plans}
         pending = [self._write_config(config) for config in configs]
@@ -356,6 +375,7 @@ class _Job:
             return
         with target_errors(self._dest):
             os.makedirs(self._dest, mode=0o700)
+            self.stack.callback(_remove_if_empty, self._dest)
             sync_folder(os.path.dirname(os.path.abspath(self._dest)))
         self.result.folder_made = True
 
@@ -403,7 +423,7 @@ class _Job:
                 threads=self._threads,
                 wanted=targets if len(targets) < len(reader.header.devices) else None,
                 bytes_per_second=self._bytes_per_second,
-                until_complete=self._selective,
+                until_complete=self._selective and all(plan.device.name != layout.VMSTATE for plan in plans),
             )
             self.result.integrity = reader.statistics.integrity
             for plan in plans:
@@ -462,14 +482,22 @@ def _check_name(src: str, what: str, name: str) -> None:
 def _stat_unlinked(path: str) -> os.stat_result | None:
     """What is at C(path), which came from a name in the archive. Raises: TargetError for a link or anything odd."""
     try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        return None
+        with target_errors(path):
+            status = os.lstat(path)
+    except TargetError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
     if not stat.S_ISREG(status.st_mode):
         what = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "no regular file"
         remedy = "Remove it, or name the target yourself."
         raise TargetError(f"{what} is in the way, and is not followed", file=path, remedy=remedy)
     return status
+
+
+def _remove_if_empty(folder: str) -> None:
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
 
 
 def _nearest_folder(path: str) -> str:

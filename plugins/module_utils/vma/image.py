@@ -20,7 +20,7 @@ import struct
 import threading
 import typing as t
 
-from .errors import RequestError, SourceError, TargetError
+from .errors import BusyError, RequestError, SourceError, TargetError
 from .layout import BLOCK_SIZE
 from .pending_file import PendingFile, target_errors, write_all
 
@@ -32,6 +32,7 @@ _BLKZEROOUT = 0x127F
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 _ZEROS = bytes(COMPARE_SIZE)
+_FLOCK = struct.Struct("hhqqi4x")
 _NO_SUPPORT = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY)
 
 
@@ -156,6 +157,21 @@ def _size_of(fd: int, status: os.stat_result) -> int:
     return os.lseek(fd, 0, os.SEEK_END) if stat.S_ISBLK(status.st_mode) else status.st_size
 
 
+def check_unused(fd: int, *, to_write: bool) -> bool:
+    """Whether no QEMU has the image open: for writing, or C(to_write) for anything.
+
+    QEMU holds read locks, owned by the open file, on a byte for each thing that it does with an image, from byte 100
+    on, and on a byte for each thing that it forbids others, from byte 200 on; the byte of writing is the second.
+    """
+    start, length = (100, 200) if to_write else (101, 1)
+    request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+    try:
+        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, request)
+    except OSError:
+        return True  # a file system that knows no locks: QEMU can hold none there either
+    return bool(_FLOCK.unpack(answer)[0] == fcntl.F_UNLCK)
+
+
 class SourceImage(Image):
     """An image that is read, and must not change meanwhile."""
 
@@ -173,6 +189,11 @@ class SourceImage(Image):
         if not is_block and not stat.S_ISREG(status.st_mode):
             os.close(fd)
             raise SourceError("expected a file or a block device", file=path)
+        if not is_view and not check_unused(fd, to_write=False):
+            os.close(fd)
+            raise SourceError(
+                "a running VM writes to this image", file=path, remedy="Back up a snapshot of it, or stop the VM."
+            )
         super().__init__(path, fd, _size_of(fd, status), is_block)
         self._modified = None if is_block or is_view or _has_live_times(status) else status.st_mtime_ns
 
@@ -271,7 +292,12 @@ class Patch:
             for begin, end in _joined(self.image.differences(view[:inside], offset)):
                 write_all(self.image.fd, offset + begin, view[begin:end])
                 written += end - begin
-            if inside < len(view):
+            if inside < len(view) and self.image.is_block:
+                if any(view[inside:]):
+                    raise TargetError(
+                        f"the block device ends at {self.image.size}, the data does not", file=self.image.path
+                    )
+            elif inside < len(view):
                 write_all(self.image.fd, offset + inside, view[inside:])
                 written += len(view) - inside
         return written
@@ -377,6 +403,7 @@ def open_patch(path: str, size: int) -> Patch:
         is_block = stat.S_ISBLK(status.st_mode)
         if not is_block and not stat.S_ISREG(status.st_mode):
             raise TargetError("expected a file or a block device", file=path)
+        _claim(fd, path)
         present = _size_of(fd, status)
         if is_block and present < size:
             raise TargetError(
@@ -391,6 +418,16 @@ def open_patch(path: str, size: int) -> Patch:
     except BaseException:
         os.close(fd)
         raise
+
+
+def _claim(fd: int, path: str) -> None:
+    """Keep other runs from writing the same target. Raises: BusyError, TargetError where a VM uses it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BusyError("another run is writing this", file=path, remedy="Wait for it to end, or stop it.") from error
+    if not check_unused(fd, to_write=True):
+        raise TargetError("a running VM uses this image", file=path, remedy="Stop the VM, or name another target.")
 
 
 def clone_for_patch(path: str, size: int) -> Patch | None:

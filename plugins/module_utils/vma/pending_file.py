@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import secrets
@@ -17,6 +18,8 @@ import typing as t
 
 from .errors import BusyError, SpaceError, TargetError
 
+_NAME_LIMIT = 200
+"""Bytes of a file's name that leave room for what a pending file adds to it."""
 _SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -65,7 +68,9 @@ class PendingFile:
         self.dest = dest
         self._folder = os.path.dirname(os.path.abspath(dest))
         self._fd: int | None = None
-        name = os.path.basename(dest)[:180]
+        name = os.path.basename(dest)
+        if len(os.fsencode(name)) > _NAME_LIMIT:
+            name = hashlib.sha256(os.fsencode(name)).hexdigest()
         self.path = os.path.join(self._folder, f".{name}.{secrets.token_hex(8)}{self._SUFFIX}")
         siblings = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{16}}{re.escape(self._SUFFIX)}")
         if os.path.isdir(dest):
@@ -92,7 +97,8 @@ class PendingFile:
             return
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(path)
+            with contextlib.suppress(FileNotFoundError):  # it may have got its name just now
+                os.unlink(path)
         except BlockingIOError as error:
             raise BusyError(
                 "another run is writing this file",

@@ -102,6 +102,10 @@ class Reader:
             raise ValueError("the archive is closed")
         return self._stream
 
+    def report_to(self, report: Report) -> None:
+        """From now on problems go to C(report)."""
+        self._report_to = report
+
     def __enter__(self) -> Reader:
         return self
 
@@ -201,6 +205,9 @@ class Reader:
 
         crew.run(work, threads)
         self._drop_behind()
+        if not self.header.devices and not self.statistics.extents:
+            message = "expected an extent behind the header, as every writer makes one; found the end"
+            self._report(Problem("truncated", message, self.header.size))
         self._report_missing(wanted)
 
     def _is_complete(self, wanted: t.Container[int] | None = None) -> bool:
@@ -251,7 +258,10 @@ class Reader:
                 extent = self._parse(offset, view[:count])
             except ArchiveError as error:
                 self._report(error.problem)
-                if error.problem.kind not in _LOST or not self._resync(offset + EXTENT_HEADER_SIZE):
+                if error.problem.kind not in _LOST:
+                    break
+                self.stream.unread(view[1:count])
+                if not self._resync(offset + 1):
                     break
                 continue
             view[:EXTENT_HEADER_SIZE] = extent.blank
@@ -273,8 +283,8 @@ class Reader:
             raise ArchiveError(Problem("trailing_data", message, offset))
         is_extent = len(header) == EXTENT_HEADER_SIZE and header[:4] == layout.EXTENT_MAGIC
         if not is_extent and self._is_complete():
-            more = f"{self.file_size - offset}" if self.stream.seekable else "more"
-            message = f"all clusters have come, but {more} bytes follow that are no extent"
+            more = f"{self.file_size - offset} B more" if self.stream.seekable else "more"
+            message = f"expected the end, since all clusters have come; found {more}, which is no extent"
             raise ArchiveError(Problem("trailing_data", message, offset))
         if len(header) < EXTENT_HEADER_SIZE:
             message = f"expected an extent header of {EXTENT_HEADER_SIZE} bytes, found {len(header)}"

@@ -113,8 +113,9 @@ def verify(path: str, level: str = "content", *, threads: int | None = None) -> 
             verification.zero_bytes = statistics.clusters * CLUSTER_SIZE - statistics.data_bytes
             verification.read_bytes = header.size + statistics.read_bytes
             verification.good_until = reader.end
+            is_sound = not collector.counts.keys() & {"header_checksum", "header_invalid"}
             for device in header.devices:
-                verification.whole[device.name] = device.dev_id not in reader.damaged
+                verification.whole[device.name] = is_sound and device.dev_id not in reader.damaged
     except ArchiveError as error:
         collector(error.problem)
     collector.problems.sort(key=lambda problem: (problem.offset is None, problem.offset or 0))
