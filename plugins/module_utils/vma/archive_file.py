@@ -377,8 +377,14 @@ def compression_of(path: str, compression: str = "auto") -> str:
 
     Raises: RequestError where the ending is none of ENDINGS, or tells of another compression than is asked for.
     """
-    for ending, by_ending in ENDINGS.items():
+    for ending, by_ending in {**ENDINGS, ".vma.lzo": "lzo", ".vma.bz2": "bzip2"}.items():
         if path.endswith(ending):
+            if by_ending not in ENDINGS.values():
+                raise RequestError(
+                    f"archives are not compressed with {by_ending}, only read",
+                    file=path,
+                    remedy=f"Choose a name that ends in {', '.join(ENDINGS)}.",
+                )
             if compression in ("auto", by_ending):
                 return by_ending
             raise RequestError(

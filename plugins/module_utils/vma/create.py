@@ -250,12 +250,13 @@ class _Writer:
         """The extents in order, each alone, or many together where they are headers only."""
         holes: list[_Runs] = []
         for runs in self._extents():
-            if self._is_hole(runs):
+            is_hole = self._is_hole(runs)
+            if is_hole:
                 holes.append(runs)
-            if holes and (holes[-1] is not runs or len(holes) == _HOLE_BATCH):
+            if holes and (not is_hole or len(holes) == _HOLE_BATCH):
                 yield holes
                 holes = []
-            if not self._is_hole(runs):
+            if not is_hole:
                 yield [runs]
         if holes:
             yield holes

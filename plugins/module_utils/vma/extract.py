@@ -310,7 +310,7 @@ class _Job:
             # What ends the reading is found first, and that clusters are missing follows from it.
             if problem.offset is None and passed:
                 problem = passed[0]
-            elif self._selective and not reader.damaged & wanted:
+            elif self._selective and not reader.damaged & wanted and not reader.doubts(problem):
                 passed.append(problem)
                 return
             raise ArchiveError(problem)

@@ -152,6 +152,10 @@ class Reader:
         """The offset behind the last extent that could be followed."""
         return self._position
 
+    def doubts(self, problem: Problem) -> bool:
+        """Whether the problem casts doubt on all that was read, as damaged compressed data without digests does."""
+        return problem.kind == "decompression" and self.statistics.integrity != "sha256"
+
     def size_of(self, device: Device) -> int:
         """How many bytes the device has. A vmstate's size is told by its clusters, so it is known after the scan."""
         stored = t.cast(StreamCoverage, self.coverage[device.dev_id]).next if device.name == layout.VMSTATE else 0
@@ -172,7 +176,7 @@ class Reader:
 
         Without C(visit) no data is read where the file can be skipped through. C(wanted) are the dev_ids whose data
         is needed, all by default; extents without them are not read. C(until_complete) ends the scan as soon as all
-        clusters of the wanted devices have come.
+        clusters of the wanted devices have come, where what follows could tell nothing of them.
 
         Raises: ArchiveError where the report raises it; what C(visit) raises.
         """
@@ -210,6 +214,13 @@ class Reader:
             self._report(Problem("truncated", message, self.header.size))
         self._report_missing(wanted)
 
+    def _is_proven(self, wanted: t.Container[int] | None) -> bool:
+        """Whether nothing behind this place can tell more of the wanted devices.
+
+        Behind a decompressor it can: without digests, the compression's own checksum at the end is all there is.
+        """
+        return self._is_complete(wanted) and (self.stream.seekable or self.statistics.integrity == "sha256")
+
     def _is_complete(self, wanted: t.Container[int] | None = None) -> bool:
         return not any(
             coverage.missing for dev_id, coverage in self.coverage.items() if wanted is None or dev_id in wanted
@@ -234,7 +245,7 @@ class Reader:
         """
         batch: list[tuple[int, Extent, memoryview]] = []
         used = 0
-        while used < _BATCH_SIZE and (awaited == () or not self._is_complete(awaited)):
+        while used < _BATCH_SIZE and (awaited == () or not self._is_proven(awaited)):
             found = self._next_extent(view[used:])
             if found is None:
                 break

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import threading
 import time
 import typing as t
 
@@ -73,11 +74,13 @@ class _Collector:
     def __init__(self) -> None:
         self.problems: list[Problem] = []
         self.counts: collections.Counter[str] = collections.Counter()
+        self._lock = threading.Lock()
 
     def __call__(self, problem: Problem) -> None:
-        self.counts[problem.kind] += 1
-        if len(self.problems) < PROBLEM_LIMIT:
-            self.problems.append(problem)
+        with self._lock:
+            self.counts[problem.kind] += 1
+            if len(self.problems) < PROBLEM_LIMIT:
+                self.problems.append(problem)
 
 
 def _look(_data: memoryview, _segments: list[Segment]) -> None:

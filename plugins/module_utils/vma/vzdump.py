@@ -12,6 +12,7 @@ import os
 import re
 import time
 import typing as t
+import urllib.parse
 
 CONFIG_NAME = "qemu-server.conf"
 """The config that qmrestore reads; an archive without it does not restore there."""
@@ -88,7 +89,7 @@ def parse_config(data: bytes) -> dict[str, t.Any]:
             drive, device, storage, image_format = mapped.groups()
             maps[drive] = {"device": device, "storage": storage or "local", "format": image_format or "raw"}
         elif line.startswith("#"):
-            description.append(line[1:])
+            description.append(urllib.parse.unquote(line[1:]))
         elif setting is not None:
             settings[setting[1]] = setting[2]
     vm: dict[str, t.Any] = {key: settings.get(key) for key in _TEXTS}
