@@ -374,7 +374,8 @@ from ansible_collections.vmbackup.vma.plugins.module_utils.vma.extract import (
 from ansible_collections.vmbackup.vma.plugins.module_utils.vma.info import describe
 from ansible_collections.vmbackup.vma.plugins.module_utils.vma.qemu import FORMATS
 
-_ALL, _NONE = "all", "none"
+_ALL = "all"
+_NONE = "none"
 
 
 def _wanted_configs(names: list[str]) -> list[str] | None:

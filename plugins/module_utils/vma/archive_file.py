@@ -14,7 +14,6 @@ import bz2
 import contextlib
 import fcntl
 import os
-import shutil
 import stat
 import subprocess
 import tempfile
@@ -24,6 +23,7 @@ import zlib
 from . import layout, zstd
 from .errors import ArchiveError, Problem, RequestError, SpaceError, ToolError
 from .pending_file import PendingFile
+from .tools import describe_exit, find_tool, start_tool
 
 CHUNK = 1 << 18
 """Bytes of a compressed file that are read or written at a time."""
@@ -37,21 +37,8 @@ MAGICS: tuple[tuple[bytes, str], ...] = (
 ENDINGS: dict[str, str] = {".vma": "none", ".vma.zst": "zstd", ".vma.gz": "gzip"}
 LEVELS: dict[str, range] = {"zstd": range(1, 20), "gzip": range(1, 10)}
 DEFAULT_LEVELS: dict[str, int] = {"zstd": 3, "gzip": 6}
-PACKAGES: dict[str, str] = {"zstd": "zstd", "lzop": "lzop", "qemu-img": "qemu-utils (Debian) or qemu-img (Fedora)"}
-
 _F_SETPIPE_SZ = 1031
 _PIPE_SIZE = 1 << 20
-
-
-def find_tool(name: str, purpose: str) -> str:
-    """The path of a tool. Raises: ToolError that names the package to install."""
-    path = shutil.which(name)
-    if path is None:
-        package = PACKAGES.get(name, name)
-        raise ToolError(
-            f"the tool {name} is needed {purpose} and was not found in PATH", remedy=f"Install the package {package}."
-        )
-    return path
 
 
 def usable_cpus() -> int:
@@ -179,11 +166,14 @@ class _Trailing(Exception):
 
 
 class _Decompressor(t.Protocol):
-    def readinto(self, view: memoryview) -> int: ...
+    def readinto(self, view: memoryview) -> int:
+        """Fill C(view), or a part of it, with uncompressed bytes. Returns how many; 0 at the end."""
 
-    def interrupt(self) -> None: ...
+    def interrupt(self) -> None:
+        """Make a readinto() that waits in another thread return soon."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Let go of everything. May be called more than once."""
 
 
 class _ZstdLibrary:
@@ -278,9 +268,7 @@ class _Command:
         self._name = command[0]
         path = find_tool(self._name, purpose)
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close())
-        self._process = subprocess.Popen(
-            [path, *command[1:]], stdin=fd, stdout=subprocess.PIPE, stderr=self._stderr, env=_tool_environment()
-        )
+        self._process = start_tool([path, *command[1:]], stdin=fd, stdout=subprocess.PIPE, stderr=self._stderr)
         self._pipe = t.cast("t.IO[bytes]", self._process.stdout).fileno()
         _widen_pipe(self._pipe)
 
@@ -301,22 +289,10 @@ class _Command:
         self._stderr.close()
 
 
-def _tool_environment() -> dict[str, str]:
-    return {**os.environ, "LC_ALL": "C"}
-
-
 def _widen_pipe(fd: int) -> None:
     # An ordinary user may have used up the pages that the kernel grants for pipes: then the default size serves.
     with contextlib.suppress(OSError):
         fcntl.fcntl(fd, _F_SETPIPE_SZ, _PIPE_SIZE)
-
-
-def describe_exit(status: int, stderr: t.IO[bytes]) -> str:
-    """How a command ended, and the last thing that it said."""
-    stderr.seek(0)
-    said = stderr.read(4096).decode(errors="replace").strip().splitlines()
-    how = f"signal {-status}" if status < 0 else f"exit status {status}"
-    return f"{how}: {said[-1]}" if said else how
 
 
 def recognise(start: bytes) -> str | None:
@@ -480,14 +456,7 @@ class CommandSink(Sink):
         # Its own open file, so that a compressor that outlives this process holds no lock of it.
         output = os.open(pending.path, os.O_WRONLY | os.O_CLOEXEC)
         try:
-            self._process = subprocess.Popen(
-                [path, *command[1:]],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=self._stderr,
-                bufsize=0,
-                env=_tool_environment(),
-            )
+            self._process = start_tool([path, *command[1:]], stdin=subprocess.PIPE, stdout=output, stderr=self._stderr)
         finally:
             os.close(output)
         self._stdin = t.cast("t.IO[bytes]", self._process.stdin)
@@ -562,8 +531,6 @@ __all__ = (
     "ZstdSink",
     "check_level",
     "compression_of",
-    "describe_exit",
-    "find_tool",
     "open_archive",
     "open_sink",
     "open_stream",

@@ -172,7 +172,7 @@ def _difference(
             for device in present.devices:
                 if device.dev_id in differences:
                     return f"the device {device.name!r} differs at offset {differences[device.dev_id]}"
-            if present.devices and reader.statistics.integrity != asked.integrity:
+            if reader.statistics.integrity != asked.integrity:
                 return f"the integrity is {reader.statistics.integrity}"
     except ArchiveError as error:
         return f"the file is not a whole archive: {error.problem}"

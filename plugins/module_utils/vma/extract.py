@@ -115,7 +115,7 @@ def extract(
         with Reader(src, _pass_names) as reader:
             job.choose(reader, devices, configs)
         job.look_at_targets()
-        if check_space and not dry_run:
+        if check_space:
             job.check_space()
         if not dry_run:
             job.write()

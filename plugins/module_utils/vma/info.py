@@ -30,7 +30,7 @@ def describe(
     conf = next((config.data for config in configs if config.name == vzdump.CONFIG_NAME), None)
     return {
         "path": path,
-        "size": os.stat(path).st_size,
+        "size": _size_of(path),
         "compression": compression,
         "version": None if header is None else header.version,
         "uuid": None if header is None else header.uuid_text,
@@ -57,6 +57,14 @@ def describe(
     }
 
 
+def _size_of(path: str) -> int | None:
+    """None where the archive is gone by now, as after a pruning."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None
+
+
 def read_info(path: str, *, integrity: str | None = None, with_content: bool = True) -> dict[str, t.Any]:
     """Describe the archive at C(path) by its header alone, however large it is.
 
@@ -81,11 +89,16 @@ def find_archives(paths: t.Iterable[str]) -> list[str]:
         elif os.path.lexists(path):
             matches = [path]
         elif glob.has_magic(path):
-            matches = sorted(glob.glob(path))
+            matches = [match for match in sorted(glob.glob(path)) if _may_be_archive(match)]
         else:
             raise RequestError("there is no such file or folder", file=path, remedy="Check the path.")
         found.update(dict.fromkeys(matches))
     return list(found)
+
+
+def _may_be_archive(path: str) -> bool:
+    """Whether a pattern that matches this path means an archive, and not a folder or a file beside an archive."""
+    return not os.path.isdir(path) and not path.endswith(vzdump.SIDECAR_SUFFIXES)
 
 
 def _list_folder(path: str) -> list[str]:

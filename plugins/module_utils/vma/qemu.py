@@ -16,10 +16,10 @@ import tempfile
 import time
 import typing as t
 
-from .archive_file import describe_exit, find_tool
 from .errors import ToolError
 from .image import SourceImage
 from .pending_file import target_errors
+from .tools import bound_to_us, describe_exit, find_tool, start_tool
 
 FORMATS: tuple[str, ...] = ("raw", "qcow2", "qed", "vdi", "vhdx", "vmdk", "vpc")
 _VIEW_TIMEOUT = 20
@@ -88,7 +88,7 @@ def _unmount(path: str) -> None:
     for tool in ("fusermount3", "fusermount"):
         found = shutil.which(tool)
         if found is not None:
-            subprocess.run([found, "-u", "-z", path], check=False, capture_output=True)
+            start_tool([found, "-u", "-z", path]).wait()
             return
 
 
@@ -103,9 +103,7 @@ def _start_view(stack: contextlib.ExitStack, path: str, image_format: str, view:
     export = {"type": "fuse", "id": "view", "node-name": "image", "mountpoint": view, "writable": False}
     ready = os.path.join(os.path.dirname(view), "pid")
     command = [daemon, "--blockdev", json.dumps(node), "--export", json.dumps(export), "--pidfile", ready]
-    process = subprocess.Popen(
-        _bound_to_us(command), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = start_tool(bound_to_us(command))
     stack.callback(_stop, process, view)
     deadline = time.monotonic() + _VIEW_TIMEOUT
     while not os.path.exists(ready):
@@ -113,12 +111,6 @@ def _start_view(stack: contextlib.ExitStack, path: str, image_format: str, view:
             return False
         time.sleep(_POLL)
     return True
-
-
-def _bound_to_us(command: list[str]) -> list[str]:
-    """The command, so that it goes with this process even if that is killed, where the host has setpriv."""
-    guard = shutil.which("setpriv")
-    return command if guard is None else [guard, "--pdeathsig", "TERM", *command]
 
 
 def _stop(process: subprocess.Popen[bytes], view: str) -> None:
@@ -136,8 +128,13 @@ def convert(source: str, source_format: str, dest: str, dest_format: str) -> Non
     """Write the image C(source) to the new file C(dest) in another format. Raises: ToolError."""
     tool = find_tool("qemu-img", f"for images in the format {dest_format if source_format == 'raw' else source_format}")
     with tempfile.TemporaryFile() as stderr:
-        command = _bound_to_us([tool, "convert", "-f", source_format, "-O", dest_format, source, dest])
-        status = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr).returncode
+        command = bound_to_us([tool, "convert", "-f", source_format, "-O", dest_format, source, dest])
+        process = start_tool(command, stdout=stderr, stderr=stderr)
+        try:
+            status = process.wait()
+        finally:
+            process.kill()
+            process.wait()
         if status:
             how = describe_exit(status, stderr)
             remedy = "Check that the format is the image's, and that no running VM uses it."

@@ -18,6 +18,8 @@ CONFIG_NAME = "qemu-server.conf"
 """The config that qmrestore reads; an archive without it does not restore there."""
 NOTES_SUFFIX = ".notes"
 PROTECTED_SUFFIX = ".protected"
+SIDECAR_SUFFIXES = (NOTES_SUFFIX, PROTECTED_SUFFIX, ".log")
+"""What the files beside an archive end in."""
 _NOTES_LIMIT = 64 << 10
 
 _STANDARD = re.compile(
@@ -109,6 +111,7 @@ __all__ = (
     "CONFIG_NAME",
     "NOTES_SUFFIX",
     "PROTECTED_SUFFIX",
+    "SIDECAR_SUFFIXES",
     "StandardName",
     "is_archive_name",
     "is_protected",

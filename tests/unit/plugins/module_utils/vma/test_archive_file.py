@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ansible_collections.vmbackup.vma.plugins.module_utils.vma import archive_file, errors, pending_file, zstd
+from ansible_collections.vmbackup.vma.plugins.module_utils.vma import archive_file, errors, pending_file, tools, zstd
 from ansible_collections.vmbackup.vma.tests.unit.plugins.module_utils.vma import helpers
 
 DATA = b"VMA\x00" + helpers.make_image(3_000_000, "stream")
@@ -239,4 +239,4 @@ def test_a_sink_that_is_let_go_early(compression: str, pending: _Kept) -> None:
     ],
 )
 def test_how_a_command_ended(status: int, said: bytes, told: str) -> None:
-    assert archive_file.describe_exit(status, io.BytesIO(said)) == told
+    assert tools.describe_exit(status, io.BytesIO(said)) == told

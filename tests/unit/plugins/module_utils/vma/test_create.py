@@ -724,3 +724,9 @@ def test_long_names_that_begin_alike_are_not_one(source: pathlib.Path, dest: pat
 
 def test_default_levels_exist() -> None:
     assert all(archive_file.DEFAULT_LEVELS[name] in levels for name, levels in archive_file.LEVELS.items())
+
+
+def test_another_integrity_is_a_difference_without_devices_too(dest: pathlib.Path) -> None:
+    create.create(str(dest), [], CONFIGS, integrity="none")
+    assert create.create(str(dest), [], CONFIGS).reason == "the integrity is none"
+    assert not create.create(str(dest), [], CONFIGS).changed

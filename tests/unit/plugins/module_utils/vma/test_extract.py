@@ -866,3 +866,12 @@ def test_a_device_alone_out_of_a_damaged_archive(tmp_path: pathlib.Path, dest: p
         assert (dest / f"disk-{DISK}.raw").read_bytes() == images[DISK]
     with pytest.raises(errors.ArchiveError, match="extent_checksum"):
         extract.extract(str(path), str(dest))
+
+
+def test_check_mode_does_not_promise_room_that_is_not_there(tmp_path: pathlib.Path, make_tmpfs: MakeTmpfs) -> None:
+    path = tmp_path / "a.vma.gz"
+    path.write_bytes(gzip.compress(helpers.build_archive({DISK: bytes(64 << 20)}).join()))
+    small = make_tmpfs(1 << 20)
+    for dry_run in (True, False):
+        with pytest.raises(errors.SpaceError, match="the disks may need"):
+            extract.extract(str(path), f"{small}/out", dry_run=dry_run)

@@ -128,7 +128,11 @@ def test_turns_come_in_order() -> None:
 
 def test_who_waits_for_a_turn_that_never_comes_is_let_go() -> None:
     turns: list[parallel.Turns] = []
-    crew = parallel.Crew(lambda: turns[0].wake())
+
+    def interrupt() -> None:
+        turns[0].wake()
+
+    crew = parallel.Crew(interrupt)
     turns.append(parallel.Turns(crew))
     roles = iter((2, 1, 0))
 

@@ -180,7 +180,7 @@ def test_an_end_that_fails_leaves_the_old_file(
 def test_what_the_system_says(number: int, kind: type[errors.TargetError]) -> None:
     with pytest.raises(errors.TargetError) as caught, pending_file.target_errors("/some/file"):
         raise OSError(number, os.strerror(number))
-    assert type(caught.value) is kind
+    assert caught.value.__class__ is kind
     assert caught.value.file == "/some/file"
     assert os.strerror(number) in str(caught.value)
 
