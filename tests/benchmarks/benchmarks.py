@@ -35,7 +35,7 @@ CPUS = len(os.sched_getaffinity(0))
 ROOT = Path(__file__).resolve().parents[2]
 
 PRELUDE = """
-import json, os, resource, sys, time
+import json, os, sys, time
 from ansible_collections.vmbackup.vma.plugins.module_utils.vma import create, extract, image, info, layout, verify
 def make(dest, *images, **options):
     devices = [create.SourceDevice(f'drive-scsi{n}', path) for n, path in enumerate(images)]
@@ -44,7 +44,8 @@ def restore(src, dest, **options):
     wanted = [extract.DeviceRequest('drive-scsi0', dest)]
     return extract.extract(src, os.path.dirname(dest), devices=wanted, configs=[], check_space=False, **options)
 def tell(**more):
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with open('/proc/self/status') as status:  # ru_maxrss also counts what the parent had before the exec
+        peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith('VmHWM'))
     print(json.dumps({'seconds': time.perf_counter() - began, 'peak': peak, **more}))
 began = time.perf_counter()
 """

@@ -405,17 +405,18 @@ class _Job:
         lock = threading.Lock()
 
         def visit(data: memoryview, segments: list[Segment]) -> None:
-            for segment in segments:
-                target = targets.get(segment.dev_id)
+            counts = dict.fromkeys(targets, 0)
+            for dev_id, start, length, data_at in segments:
+                target = targets.get(dev_id)
                 if target is None:
                     continue
-                if segment.data_at is None:
-                    count = target.zero(segment.start, segment.length)
+                if data_at is None:
+                    counts[dev_id] += target.zero(start, length)
                 else:
-                    count = target.write(data[segment.data_at : segment.data_at + segment.length], segment.start)
-                if count:
-                    with lock:
-                        written[segment.dev_id] += count
+                    counts[dev_id] += target.write(data[data_at : data_at + length], start)
+            with lock:
+                for dev_id, count in counts.items():
+                    written[dev_id] += count
 
         with self._open() as reader:
             reader.scan(

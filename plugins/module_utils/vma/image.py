@@ -62,7 +62,9 @@ class Image:
         self.size = size
         self.is_block = is_block
         self._scratch = _Scratch()
-        self._hole = (0, 0)  # the hole that was found last: the next question is mostly about the same one
+        # What was found last, as the next question is mostly about the same: some file systems look at each page.
+        self._hole = (0, 0)
+        self._data = (0, 0)
 
     def read(self, view: memoryview, offset: int) -> None:
         """Fill C(view) from C(offset). Raises: SourceError where the image ends before, or cannot be read."""
@@ -92,12 +94,17 @@ class Image:
         hole_start, hole_end = self._hole
         if hole_start <= start and end <= hole_end:
             return end, end
+        data_start, data_end = self._data
+        if data_start <= start < data_end:
+            return start, min(end, data_end)
         try:
             begin = os.lseek(self.fd, start, os.SEEK_DATA)
             self._hole = start, begin
             if begin >= end:
                 return end, end
-            return begin, min(end, os.lseek(self.fd, begin, os.SEEK_HOLE))
+            data_end = os.lseek(self.fd, begin, os.SEEK_HOLE)
+            self._data = begin, data_end
+            return begin, min(end, data_end)
         except OSError as error:
             if error.errno == errno.ENXIO:
                 self._hole = start, self.size

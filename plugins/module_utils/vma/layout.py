@@ -73,6 +73,8 @@ _RESERVED = slice(_SLOTS_AT + 2, EXTENT_HEADER_SIZE, _SLOT_SIZE)
 _DIGEST = slice(_SLOTS_AT + 2, _SLOTS_AT + 2 + 32 * _SLOT_SIZE, _SLOT_SIZE)
 _DIGEST_MARK_AT = _SLOTS_AT + 2 + 32 * _SLOT_SIZE
 _NO_RESERVED = bytes(SLOTS)
+_EACH_SLOT = int.from_bytes(_SLOTS.pack(*[1] * SLOTS), "big")
+_ONE_MORE_EACH = int.from_bytes(_SLOTS.pack(*range(SLOTS)), "big")
 _NO_MD5 = bytes(16)
 
 Buffer = t.Union[bytes, bytearray, memoryview]
@@ -362,8 +364,11 @@ class Extent(t.NamedTuple):
 def parse_extent(header: Buffer, uuid: bytes, offset: int) -> Extent:
     """The extent header in C(header), which was read at C(offset) of the archive with this UUID.
 
-    Raises: ArchiveError of the kinds extent_magic, extent_checksum, extent_uuid, extent_block_count.
+    Raises: ArchiveError of the kinds truncated, extent_magic, extent_checksum, extent_uuid, extent_block_count.
     """
+    if len(header) < EXTENT_HEADER_SIZE:
+        message = f"expected an extent header of {EXTENT_HEADER_SIZE} bytes, found {len(header)}"
+        raise ArchiveError(Problem("truncated", message, offset))
     magic, block_count, found_uuid, checksum = _EXTENT.unpack_from(header)
     if magic != EXTENT_MAGIC:
         raise ArchiveError(Problem("extent_magic", f"expected {EXTENT_MAGIC.hex(' ')}, found {magic.hex(' ')}", offset))
@@ -396,10 +401,15 @@ def parse_extent(header: Buffer, uuid: bytes, offset: int) -> Extent:
 
 def _parse_runs(blank: Buffer) -> list[Run]:
     # A slot is mask, 0, dev_id, number: as one integer, the next cluster of a device with the same mask is one more.
-    slots = _SLOTS.unpack_from(blank, _SLOTS_AT)
-    if slots == tuple(range(slots[0], slots[0] + SLOTS)):  # most extents are one run, and this is a third of the search
+    # Most extents are one run, which one comparison of all slots as one integer tells in a fifth of the time.
+    slots: t.Sequence[int]
+    together = int.from_bytes(blank[_SLOTS_AT:EXTENT_HEADER_SIZE], "big")
+    first_slot = together >> 64 * (SLOTS - 1)
+    if together == first_slot * _EACH_SLOT + _ONE_MORE_EACH:
+        slots = (first_slot,)
         bounds = [0, SLOTS]
     else:
+        slots = _SLOTS.unpack_from(blank, _SLOTS_AT)
         steps = map(operator.sub, slots[1:], slots)
         bounds = [0, *[at for at, step in enumerate(steps, 1) if step != 1], SLOTS]
     runs = []
@@ -434,31 +444,31 @@ def segments(runs: t.Iterable[Run]) -> list[Segment]:
     The last one of a device may reach past the device's end, to the end of its cluster.
     """
     found: list[Segment] = []
-    data_at = 0
+    data_at = begin_at = 0
+    dev_id = begin = end = 0  # the segment that may still grow; it has no device before the first one
+    is_stored = False
     for run in runs:
         if run.mask in (0, FULL_MASK):
             parts: t.Iterable[tuple[int, int, bool]] = (
                 (run.cluster * CLUSTER_SIZE, run.clusters * CLUSTER_SIZE, run.mask != 0),
             )
         else:
-            parts = (
-                ((run.cluster + index) * CLUSTER_SIZE + first * BLOCK_SIZE, count * BLOCK_SIZE, stored)
-                for index in range(run.clusters)
-                for first, count, stored in _stretches(run.mask)
-            )
+            stretches = _stretches(run.mask)
+            parts = [
+                (cluster * CLUSTER_SIZE + first * BLOCK_SIZE, count * BLOCK_SIZE, stored)
+                for cluster in range(run.cluster, run.cluster + run.clusters)
+                for first, count, stored in stretches
+            ]
         for start, length, stored in parts:
-            last = found[-1] if found else None
-            if (
-                last is not None
-                and last.dev_id == run.dev_id
-                and last.start + last.length == start
-                and (last.data_at is not None) == stored
-            ):
-                found[-1] = last._replace(length=last.length + length)
-            else:
-                found.append(Segment(run.dev_id, start, length, data_at if stored else None))
+            if start != end or stored != is_stored or run.dev_id != dev_id:
+                if dev_id:
+                    found.append(Segment(dev_id, begin, end - begin, begin_at if is_stored else None))
+                dev_id, begin, is_stored, begin_at = run.dev_id, start, stored, data_at
+            end = start + length
             if stored:
                 data_at += length
+    if dev_id:
+        found.append(Segment(dev_id, begin, end - begin, begin_at if is_stored else None))
     return found
 
 

@@ -29,20 +29,25 @@ def target_errors(path: str) -> t.Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _SPACE_ERRORS:
-            raise SpaceError(
-                f"there is no room: {error.strerror}", file=path, remedy="Make room, or choose another target."
-            ) from error
-        raise TargetError(f"cannot be written: {error.strerror}", file=path) from error
+        raise target_error(path, error) from error
+
+
+def target_error(path: str, error: OSError) -> TargetError:
+    """What the system said while C(path) was written, as an error of the domain."""
+    if error.errno in _SPACE_ERRORS:
+        return SpaceError(
+            f"there is no room: {error.strerror}", file=path, remedy="Make room, or choose another target."
+        )
+    return TargetError(f"cannot be written: {error.strerror}", file=path)
 
 
 def write_all(fd: int, offset: int, data: bytes | bytearray | memoryview) -> None:
     """Write C(data) at C(offset), however many calls it takes. Raises: OSError."""
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(fd, view, offset)
-        view = view[count:]
+    count = os.pwrite(fd, data, offset)
+    while count < len(data):
+        data = memoryview(data)[count:]
         offset += count
+        count = os.pwrite(fd, data, offset)
 
 
 def sync_folder(path: str) -> None:
@@ -117,8 +122,10 @@ class PendingFile:
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write at C(offset). Several threads may be in here. Raises: TargetError, SpaceError."""
-        with target_errors(self.dest):
+        try:
             write_all(self.fd, offset, data)
+        except OSError as error:
+            raise target_error(self.dest, error) from error
 
     def sync(self) -> None:
         """Bring the content to disk; what follows is the name alone. Raises: TargetError, SpaceError."""
@@ -165,4 +172,4 @@ class PendingFile:
             self._fd = None
 
 
-__all__ = ("PendingFile", "sync_folder", "target_errors", "write_all")
+__all__ = ("PendingFile", "sync_folder", "target_error", "target_errors", "write_all")

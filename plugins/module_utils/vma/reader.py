@@ -205,7 +205,7 @@ class Reader:
                         continue
                     throttle.take(len(whole))
                     if self._load(offset, extent, whole) and self._check_digest(offset, extent, whole):
-                        visit(whole[EXTENT_HEADER_SIZE:], self._inside(layout.segments(extent.runs)))
+                        visit(whole[EXTENT_HEADER_SIZE:], self._segments(extent.runs))
 
         crew.run(work, threads)
         self._drop_behind()
@@ -292,15 +292,14 @@ class Reader:
         if offset >= self._length_limit:
             message = f"the archive goes on after {offset} bytes, which is more than its devices can take"
             raise ArchiveError(Problem("trailing_data", message, offset))
-        is_extent = len(header) == EXTENT_HEADER_SIZE and header[:4] == layout.EXTENT_MAGIC
-        if not is_extent and self._is_complete():
+        try:
+            return layout.parse_extent(header, self.header.uuid, offset)
+        except ArchiveError as error:
+            if error.problem.kind not in ("extent_magic", "truncated") or not self._is_complete():
+                raise
             more = f"{self.file_size - offset} B more" if self.stream.seekable else "more"
             message = f"expected the end, since all clusters have come; found {more}, which is no extent"
-            raise ArchiveError(Problem("trailing_data", message, offset))
-        if len(header) < EXTENT_HEADER_SIZE:
-            message = f"expected an extent header of {EXTENT_HEADER_SIZE} bytes, found {len(header)}"
-            raise ArchiveError(Problem("truncated", message, offset))
-        return layout.parse_extent(header, self.header.uuid, offset)
+            raise ArchiveError(Problem("trailing_data", message, offset)) from error
 
     def _resync(self, position: int) -> bool:
         """Look from C(position) on for the next sound extent header, and continue there. False where there is none."""
@@ -328,16 +327,21 @@ class Reader:
     def _require(self, offset: int, extent: Extent, data: memoryview) -> None:
         """See that the archive holds the extent's data; read it now where the stream comes only once."""
         begin = offset + EXTENT_HEADER_SIZE
+        statistics = self.statistics
         if self.stream.seekable:
-            present = min(extent.data_size, max(0, self.file_size - begin))
+            statistics.read_bytes += EXTENT_HEADER_SIZE
+            if begin + extent.data_size <= self.file_size:
+                return
+            present = max(0, self.file_size - begin)
         else:
             present = self.stream.read(begin, data)
+            statistics.read_bytes += EXTENT_HEADER_SIZE + present
             self._drop_behind()
-        self.statistics.read_bytes += EXTENT_HEADER_SIZE + (0 if self.stream.seekable else present)
-        if present < extent.data_size:
-            self._mark_damaged(extent)
-            message = f"expected {extent.data_size} bytes of data after the extent header, found {present}"
-            raise ArchiveError(Problem("truncated", message, offset))
+            if present == extent.data_size:
+                return
+        self._mark_damaged(extent)
+        message = f"expected {extent.data_size} bytes of data after the extent header, found {present}"
+        raise ArchiveError(Problem("truncated", message, offset))
 
     def _account(self, offset: int, extent: Extent) -> None:
         statistics = self.statistics
@@ -462,8 +466,11 @@ class Reader:
             return "no clusters"
         return ", ".join(parts[:3]) + (f" and {len(parts) - 3} more stretches" if len(parts) > 3 else "")
 
-    def _inside(self, found: list[Segment]) -> list[Segment]:
-        """The segments, or what of them lies within their devices."""
+    def _segments(self, runs: list[Run]) -> list[Segment]:
+        """The runs' segments, or what of them lies within their devices."""
+        found = layout.segments(runs)
+        if not any(self._reaches_end(run) for run in runs):
+            return found
         inside = []
         for segment in found:
             device = self._devices.get(segment.dev_id)
@@ -471,11 +478,13 @@ class Reader:
                 continue
             limit = device.size if device.name != layout.VMSTATE else segment.start + segment.length
             length = min(segment.length, limit - segment.start)
-            if length == segment.length:
-                inside.append(segment)
-            elif length > 0:
+            if length > 0:
                 inside.append(segment._replace(length=length))
         return inside
+
+    def _reaches_end(self, run: Run) -> bool:
+        device = self._devices.get(run.dev_id)
+        return device is None or run.cluster + run.clusters >= device.clusters
 
     def _drop_behind(self) -> None:
         if not self.stream.seekable:
