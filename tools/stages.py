@@ -1,0 +1,125 @@
+# Copyright (c) The vmbackup.vma contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Run test stages through nox and sum them up; tools/test calls this in the environment that it makes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import typing as t
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+NOX = [sys.executable, "-m", "nox", "--noxfile", str(ROOT / "noxfile.py")]
+CACHE = ROOT / ".nox" / ".cache"
+
+# The one thing that CI may lack; a test that is skipped for anything else has not been run, and CI has failed.
+INTERPRETER_IS_ABSENT = re.compile(r"\bPython (interpreter )?3\.\d+", re.IGNORECASE)
+
+
+class Stage(t.NamedTuple):
+    """What became of a stage; skipped and failed tests by their names."""
+
+    name: str
+    seconds: float
+    passed: int
+    failed: list[str]
+    skipped: list[tuple[str, str]]
+
+    @classmethod
+    def from_report(cls, result: dict[str, t.Any]) -> Stage:
+        """Read nox's report of a stage, and the counts that the stage left if it counts its tests."""
+        name = result["signatures"][0]
+        if result["result"] == "skipped":
+            return cls(name, result["duration"], 0, [], [("the whole stage", result["reason"])])
+        ok = result["result"] == "success"
+        tally = CACHE / "tally" / f"{name}.json"
+        counts: dict[str, t.Any] = json.loads(tally.read_text(encoding="utf-8")) if tally.exists() else {}
+        failed = counts.get("failed", []) or ([] if ok else ["the stage itself"])
+        return cls(name, result["duration"], counts.get("passed", int(ok)), failed, counts.get("skipped", []))
+
+
+def known_stages() -> dict[str, str]:
+    """Return the stages that run by default, with what they do."""
+    listing = subprocess.run([*NOX, "--list", "--json"], check=False, stdout=subprocess.PIPE, cwd=ROOT)
+    if listing.returncode != 0:
+        sys.exit("nox cannot read the noxfile, see above")
+    return {stage["session"]: stage["description"] for stage in json.loads(listing.stdout)}
+
+
+def choose(wanted: list[str]) -> list[str]:
+    """Resolve what the caller named: stages, or the beginnings of their names up to a dash."""
+    known = known_stages()
+    chosen = []
+    for name in wanted:
+        matches = [stage for stage in known if stage.startswith(f"{name}-")]
+        # nox knows more stages than those that run by default, and says what it does not know
+        chosen += [name] if name in known or not matches else matches
+    return chosen or list(known)
+
+
+def run(stages: list[str], args: list[str]) -> list[Stage]:
+    """Run the stages one after the other and return what became of them."""
+    report = CACHE / "report.json"
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.unlink(missing_ok=True)
+    for tally in CACHE.glob("tally/*.json"):
+        tally.unlink()
+    command = [*NOX, "--no-error-on-missing-interpreters", "--report", str(report), "--sessions", *stages, "--", *args]
+    # With CI in their environment the formatters check and do not edit.
+    subprocess.run(command, check=False, cwd=ROOT, env={**os.environ, "CI": "true"})
+    if not report.exists():
+        sys.exit(f"nox left no report of {', '.join(stages)}")
+    results = json.loads(report.read_text(encoding="utf-8"))["sessions"]
+    # lint does nothing but ask for the stages before it
+    return [Stage.from_report(result) for result in results if result["name"] != "lint"]
+
+
+def sum_up(stages: list[Stage], *, skips_fail: bool) -> bool:
+    """Print what ran, what did not and why, and the counts; return whether all is well."""
+    width = max(len(stage.name) for stage in stages)
+    print(f"\n{'stage':{width}} {'seconds':>8} {'passed':>7} {'failed':>7} {'skipped':>8}")
+    for stage in stages:
+        counts = f"{stage.passed:7} {len(stage.failed):7} {len(stage.skipped):8}"
+        print(f"{stage.name:{width}} {stage.seconds:8.1f} {counts}")
+    print(f"{'all':{width}} {sum(stage.seconds for stage in stages):8.1f}")
+
+    failed = [f"{stage.name}: {test}" for stage in stages for test in stage.failed]
+    skipped: list[str] = []
+    for stage in stages:
+        for test, reason in stage.skipped:
+            line = f"{stage.name}: {test}: {reason}"
+            (failed if skips_fail and not INTERPRETER_IS_ABSENT.search(reason) else skipped).append(line)
+    for title, lines in (("Skipped", skipped), ("Failed (under CI a test that is skipped fails)", failed)):
+        if lines:
+            print(f"\n{title}:", *lines, sep="\n  ")
+
+    passed = sum(stage.passed for stage in stages)
+    print(f"\n{passed} passed, {len(failed)} failed" + (f", {len(skipped)} skipped" if skipped else ""))
+    return bool(passed) and not failed
+
+
+def main() -> None:
+    """Run the tests of the collection."""
+    parser = argparse.ArgumentParser(prog="tools/test", description=main.__doc__)
+    parser.add_argument("stages", nargs="*", metavar="stage", help="a stage, or the first part of the names of several")
+    parser.add_argument("--list", action="store_true", help="list the stages and exit")
+    separator = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    options = parser.parse_args(sys.argv[1:separator])
+    if options.list:
+        for name, description in known_stages().items():
+            print(f"{name:28} {description}")
+        return
+    in_ci = os.environ.get("CI", "").lower() in ("1", "true", "yes")
+    stages = run(choose(options.stages), sys.argv[separator + 1 :])
+    sys.exit(0 if sum_up(stages, skips_fail=in_ci) else 1)
+
+
+if __name__ == "__main__":
+    main()
