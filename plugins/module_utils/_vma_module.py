@@ -23,6 +23,7 @@ from .vma.errors import (
     VmaError,
 )
 from .vma.layout import Header
+from .vma.pending_file import remove_unfinished
 from .vma.reader import Reader
 
 if t.TYPE_CHECKING:
@@ -95,6 +96,7 @@ def failing(module: AnsibleModule) -> t.Iterator[None]:
     except VmaError as error:
         module.fail_json(msg=str(error), error=error_fields(error))
     except Interrupted as interrupted:
+        remove_unfinished()
         message = f"interrupted by {interrupted.name}; files that were not finished were removed"
         module.fail_json(msg=message, error={"kind": "interrupted", "message": message})
 

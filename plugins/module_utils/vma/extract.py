@@ -373,10 +373,14 @@ class _Job:
     def _make_folder(self) -> None:
         if os.path.isdir(self._dest):
             return
+        above = _nearest_folder(self._dest)
         with target_errors(self._dest):
             os.makedirs(self._dest, mode=0o700)
             self.stack.callback(_remove_if_empty, self._dest)
-            sync_folder(os.path.dirname(os.path.abspath(self._dest)))
+            folder = os.path.abspath(self._dest)
+            while folder != above:
+                folder = os.path.dirname(folder)
+                sync_folder(folder)
         self.result.folder_made = True
 
     def _open_target(self, plan: _Plan) -> Target:

@@ -31,7 +31,15 @@ class Crew:
 
     def run(self, work: t.Callable[[], None], threads: int) -> None:
         """Run C(work) in so many threads until all of them return. Raises: the first error that one of them raised."""
-        members = [threading.Thread(target=self._guard, args=(work,), daemon=True) for _n in range(max(1, threads))]
+        if threads <= 1:
+            self._guard(work)
+        else:
+            self._run_threads(work, threads)
+        if self._error is not None:
+            raise self._error
+
+    def _run_threads(self, work: t.Callable[[], None], threads: int) -> None:
+        members = [threading.Thread(target=self._guard, args=(work,), daemon=True) for _n in range(threads)]
         try:
             for member in members:
                 member.start()
@@ -43,8 +51,6 @@ class Crew:
                 if member.ident is not None:
                     member.join()
             raise
-        if self._error is not None:
-            raise self._error
 
     def _guard(self, work: t.Callable[[], None]) -> None:
         try:

@@ -59,6 +59,18 @@ def sync_folder(path: str) -> None:
         os.close(fd)
 
 
+unfinished: dict[str, t.Callable[[str], None]] = {}
+"""What this process has to remove, and how. Each is known before it is made, and until it is gone or has its name."""
+
+
+def remove_unfinished() -> None:
+    """Remove what an interrupt kept its makers from removing. Nobody may write any more."""
+    while unfinished:
+        path, remove = unfinished.popitem()
+        with contextlib.suppress(OSError):
+            remove(path)
+
+
 class PendingFile:
     """A file that gets its name when it is whole and on disk, and leaves no trace otherwise.
 
@@ -90,6 +102,7 @@ class PendingFile:
                     if siblings.fullmatch(entry):
                         self._remove_leftover(os.path.join(self._folder, entry))
                 flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                unfinished[self.path] = os.unlink
                 self._fd = os.open(self.path, flags, 0o600)
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             finally:
@@ -141,8 +154,9 @@ class PendingFile:
             self._adopt_attributes()
             os.fsync(self.fd)
             os.rename(self.path, self.dest)
-            os.close(self.fd)
-            self._fd = None
+            unfinished.pop(self.path, None)
+            fd, self._fd = self.fd, None  # an interrupt must not have it closed twice
+            os.close(fd)
             sync_folder(self._folder)
 
     def _adopt_attributes(self) -> None:
@@ -168,8 +182,17 @@ class PendingFile:
         if self._fd is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path)
-            os.close(self._fd)
-            self._fd = None
+            unfinished.pop(self.path, None)
+            fd, self._fd = self._fd, None
+            os.close(fd)
 
 
-__all__ = ("PendingFile", "sync_folder", "target_error", "target_errors", "write_all")
+__all__ = (
+    "PendingFile",
+    "remove_unfinished",
+    "sync_folder",
+    "target_error",
+    "target_errors",
+    "unfinished",
+    "write_all",
+)

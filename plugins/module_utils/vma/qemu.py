@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import tempfile
@@ -18,7 +19,7 @@ import typing as t
 
 from .errors import ToolError
 from .image import SourceImage
-from .pending_file import target_errors
+from .pending_file import target_errors, unfinished
 from .tools import bound_to_us, describe_exit, find_tool, start_tool
 
 FORMATS: tuple[str, ...] = ("raw", "qcow2", "qed", "vdi", "vhdx", "vmdk", "vpc")
@@ -62,13 +63,16 @@ def _scratch_folder(parent: str) -> t.Iterator[str]:
         for entry in os.listdir(parent):
             if entry.startswith(_FOLDER_PREFIX):
                 _remove_leftover(os.path.join(parent, entry))
-        folder = tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir=parent)
+        folder = os.path.join(parent, _FOLDER_PREFIX + secrets.token_hex(8))
+        unfinished[folder] = _clear
+        os.mkdir(folder, 0o700)
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        unfinished.pop(folder, None)
         os.close(fd)
 
 
@@ -77,10 +81,15 @@ def _remove_leftover(folder: str) -> None:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _unmount(os.path.join(folder, "view"))
-            shutil.rmtree(folder, ignore_errors=True)
+            _clear(folder)
         finally:
             os.close(fd)
+
+
+def _clear(folder: str) -> None:
+    """Remove a folder whose view may still be there."""
+    _unmount(os.path.join(folder, "view"))
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _unmount(path: str) -> None:
