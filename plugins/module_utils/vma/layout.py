@@ -249,11 +249,10 @@ def _parse_configs(data: Buffer, blobs: _Blobs, report: Report) -> tuple[Config,
 
 def _parse_devices(data: Buffer, blobs: _Blobs, report: Report) -> tuple[Device, ...]:
     devices: list[Device] = []
-    for dev_id in range(256):
-        offset = _DEVICES_AT + _DEVICE.size * dev_id
-        name_at, size = _DEVICE.unpack_from(data, offset)
+    for dev_id, (name_at, size) in enumerate(_DEVICE.iter_unpack(data[_DEVICES_AT:HEADER_FIXED_SIZE])):
         if not name_at and not size:
             continue
+        offset = _DEVICES_AT + _DEVICE.size * dev_id
         try:
             if not 1 <= dev_id <= DEVICE_LIMIT:
                 raise ValueError(f"expected device ids from 1 to {DEVICE_LIMIT}")

@@ -153,8 +153,10 @@ class Reader:
         return self._position
 
     def doubts(self, problem: Problem) -> bool:
-        """Whether the problem casts doubt on all that was read, as damaged compressed data without digests does."""
-        return problem.kind == "decompression" and self.statistics.integrity != "sha256"
+        """Whether the problem casts doubt on all devices: a damaged header, or compressed data without digests."""
+        if problem.kind == "decompression":
+            return self.statistics.integrity != "sha256"
+        return problem.kind in ("header_checksum", "header_invalid")
 
     def size_of(self, device: Device) -> int:
         """How many bytes the device has. A vmstate's size is told by its clusters, so it is known after the scan."""

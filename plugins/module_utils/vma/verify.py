@@ -116,7 +116,7 @@ def verify(path: str, level: str = "content", *, threads: int | None = None) -> 
             verification.zero_bytes = statistics.clusters * CLUSTER_SIZE - statistics.data_bytes
             verification.read_bytes = header.size + statistics.read_bytes
             verification.good_until = reader.end
-            is_sound = not collector.counts.keys() & {"header_checksum", "header_invalid"}
+            is_sound = not any(reader.doubts(problem) for problem in collector.problems)
             for device in header.devices:
                 verification.whole[device.name] = is_sound and device.dev_id not in reader.damaged
     except ArchiveError as error:

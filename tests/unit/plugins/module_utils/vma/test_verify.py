@@ -839,3 +839,28 @@ def test_libzstd_is_what_these_tests_ran() -> None:
     if not zstd.is_available():
         pytest.skip("libzstd.so.1 is not installed: its command did the work")
     assert zstd.is_available()
+
+
+@pytest.mark.parametrize("digest", [True, False], ids=["digests", "no digests"])
+def test_damaged_compression_without_digests_leaves_no_device_whole(tmp_path: pathlib.Path, digest: bool) -> None:
+    """Where the compression's checksum is wrong, bytes anywhere before it may be."""
+    images = {"d1": helpers.make_image(4 * CLUSTER), "d2": helpers.make_image(200 * CLUSTER, zero=0)}
+    packed = gzip.compress(helpers.build_archive(images, digest=digest).join())
+    path = tmp_path / "a.vma.gz"
+    path.write_bytes(packed[:-8] + bytes(4) + packed[-4:])
+    seen = helpers.look(path)
+    assert seen.counts["decompression"] == 1
+    assert seen.whole["d1"] is digest
+
+
+def test_extents_without_clusters_are_checked_too(tmp_path: pathlib.Path) -> None:
+    archive = helpers.build_archive({})
+    archive.extents = [helpers.build_extent([], {})]
+    archive.extents[0][298 - 8] ^= 1  # a byte of the digest
+    archive.extents[0][24:40] = bytes(16)
+    archive.extents[0][24:40] = hashlib.md5(archive.extents[0][:512]).digest()
+    path = tmp_path / "a.vma"
+    path.write_bytes(archive.join())
+    assert helpers.look(path).counts == {"extent_digest": 1}
+    with pytest.raises(errors.ArchiveError, match="extent_digest"):
+        extract.extract(str(path), str(tmp_path / "out"))
