@@ -16,6 +16,7 @@ from ansible_collections.vmbackup.vma.plugins.module_utils.vma import extract, l
 from ansible_collections.vmbackup.vma.plugins.module_utils.vma.errors import KINDS, ArchiveError, VmaError
 
 SECONDS_LIMIT = 10.0
+"""Seconds of processor time; a machine that is busy with something else does not count."""
 MEMORY_LIMIT = 4 << 30
 """Bytes of address space. A reader that allocates what a header tells it to runs into this."""
 
@@ -35,7 +36,7 @@ def check(mutant: bytes, folder: Path) -> str:
 
     Raises: Violation, and whatever the codec raises that is no error of the domain.
     """
-    began = time.monotonic()
+    began = time.process_time()
     archive = folder / "in" / "mutant"
     archive.parent.mkdir(exist_ok=True)
     archive.write_bytes(mutant)
@@ -68,7 +69,7 @@ def check(mutant: bytes, folder: Path) -> str:
     )
     for name in written:
         (out / name).unlink()
-    elapsed = time.monotonic() - began
+    elapsed = time.process_time() - began
     _require(elapsed < SECONDS_LIMIT, f"it takes no longer than {SECONDS_LIMIT} s", elapsed)
     return outcome
 
