@@ -34,8 +34,12 @@ MIB = 1 << 20
 MOMENTS = int(os.environ.get("VMA_TEST_MOMENTS", "60"))
 """At how many calls into the system a signal is tried, at most; 1000 is more than any operation here makes."""
 
+# What started the tests may ignore signals, as nohup does, and the module would rightly go on ignoring them.
 _MODULE = """
+import signal
 import sys
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
 sys.path[:] = {path!r}
 from ansible_collections.vmbackup.vma.plugins.module_utils.vma import zstd
 from ansible_collections.vmbackup.vma.plugins.modules import {module}
