@@ -26,6 +26,7 @@ import tempfile
 import time
 import typing as t
 from pathlib import Path
+from xml.etree import ElementTree
 
 GIB = 1 << 30
 TIB = 1 << 40
@@ -428,12 +429,11 @@ def _module_row(bench: Bench, archive: Path) -> None:
     }
     subprocess.run([playbook, str(play)], check=True, env=environment, stdout=subprocess.DEVNULL)
     report = next(bench.disk.glob("play-*.xml"))
-    found = re.findall(
-        r'name="[^"]*?(stat|info)" time="([0-9.]+)"|time="([0-9.]+)"[^>]*name="[^"]*?(stat|info)"', report.read_text()
-    )
     times: dict[str, list[float]] = {"stat": [], "info": []}
-    for name, value, other_value, other_name in found:
-        times[name or other_name].append(float(value or other_value))
+    for case in ElementTree.parse(report).iter("testcase"):
+        task = re.search(r": (stat|info)\b", case.get("name", ""))
+        if task is not None:
+            times[task[1]].append(float(case.get("time", "nan")))
     report.unlink()
     ratios = [info / stat for info, stat in zip(times["info"], times["stat"])]
     note = f"{1000 * statistics.median(times['info']):.0f} ms and {1000 * statistics.median(times['stat']):.0f} ms"

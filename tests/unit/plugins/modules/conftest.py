@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
+import signal
 import types
 import typing as t
 from unittest import mock
@@ -28,6 +29,14 @@ except ImportError:  # ansible-core before 2.19
         text = json.dumps({"ANSIBLE_MODULE_ARGS": args or {}}).encode()
         with mock.patch.object(basic, "_ANSIBLE_ARGS", text):
             yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heed_signals() -> None:
+    """Undo what nohup, or a shell's background job, has left: modules go on ignoring signals that they find ignored."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture
