@@ -108,6 +108,7 @@ def create(
         writer.write(sink, header, threads)
         for source in sources:
             source.check_unchanged()
+            drop_behind(source.fd, 0, 0)
         pending.sync()
         drop_behind(pending.fd, 0, 0)
         pending.commit()
