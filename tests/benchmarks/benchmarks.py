@@ -288,8 +288,8 @@ def plain_rows(bench: Bench) -> None:
     bench.compare(
         "extract again, nothing differs",
         bench.ours(f"assert not restore({str(archive)!r}, {str(out)!r}).changed"),
-        bench.peer(f"cat {archive} {out} | wc -c"),
-        "cat of both, read through a pipe",
+        bench.peer(f"cat {archive} {out} > /dev/null"),
+        "cat of both to /dev/null",
         1.0,
     )
     out.unlink()
