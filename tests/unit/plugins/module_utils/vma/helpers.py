@@ -187,10 +187,12 @@ def look(path: str | os.PathLike[str], level: str = "content") -> verify.Verific
 
 
 def files_below(folder: pathlib.Path) -> list[str]:
-    """Everything in a folder but folders, hidden files included."""
-    if not folder.exists():
-        return []
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
+    """Everything in a folder but folders, hidden files included. No file is looked at: a dying view does not answer."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        found += [os.path.relpath(os.path.join(parent, name), folder) for name in (*names, *links)]
+    return sorted(found)
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
