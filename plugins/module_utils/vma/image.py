@@ -20,7 +20,7 @@ import struct
 import threading
 import typing as t
 
-from .errors import BusyError, RequestError, SourceError, TargetError
+from .errors import BusyError, SourceError, TargetError
 from .layout import BLOCK_SIZE
 from .pending_file import PendingFile, target_errors, write_all
 
@@ -468,12 +468,6 @@ def clone_for_patch(path: str, size: int) -> Patch | None:
         raise
 
 
-def check_size(image: Image, name: str) -> None:
-    """Raises: RequestError where an image is empty, which the format cannot hold."""
-    if image.size == 0:
-        raise RequestError(f"the image of the device {name!r} is empty", file=image.path)
-
-
 __all__ = (
     "COMPARE_SIZE",
     "Image",
@@ -481,7 +475,6 @@ __all__ = (
     "Patch",
     "SourceImage",
     "Target",
-    "check_size",
     "clone_for_patch",
     "drop_behind",
     "open_patch",
