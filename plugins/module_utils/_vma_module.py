@@ -11,17 +11,7 @@ import hashlib
 import signal
 import typing as t
 
-from .vma.errors import (
-    ArchiveError,
-    BusyError,
-    Problem,
-    RequestError,
-    SourceError,
-    SpaceError,
-    TargetError,
-    ToolError,
-    VmaError,
-)
+from .vma.errors import ArchiveError, Problem, RequestError, VmaError
 from .vma.layout import Header
 from .vma.pending_file import remove_unfinished
 from .vma.reader import Reader
@@ -32,15 +22,6 @@ if t.TYPE_CHECKING:
     from ansible.module_utils.basic import AnsibleModule
 
 _SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
-_KINDS: tuple[tuple[type[VmaError], str], ...] = (
-    (RequestError, "request"),
-    (SourceError, "source"),
-    (SpaceError, "space"),
-    (BusyError, "busy"),
-    (TargetError, "target"),
-    (ToolError, "tool"),
-)
-"""What results call errors that are no problem of an archive; the first class that fits."""
 
 
 class Interrupted(BaseException):
@@ -78,8 +59,7 @@ def error_fields(error: VmaError) -> dict[str, t.Any]:
     if isinstance(error, ArchiveError):
         fields = error.problem.as_dict()
     else:
-        kind = next(name for kind, name in _KINDS if isinstance(error, kind))
-        fields = {"kind": kind, "message": error.message}
+        fields = {"kind": error.kind, "message": error.message}
     if error.file is not None:
         fields["file"] = error.file
     if error.remedy is not None:
@@ -121,11 +101,18 @@ def read_header(path: str) -> tuple[Header, str, list[Problem]]:
         return reader.header, reader.stream.compression, problems
 
 
-def set_attributes(module: AnsibleModule, path: str) -> tuple[bool, list[dict[str, t.Any]]]:
-    """Give a file the attributes that the task asks for. Returns whether any was another, and the difference."""
+def set_attributes(module: AnsibleModule, path: str, *, is_new: bool) -> tuple[bool, list[dict[str, t.Any]]]:
+    """Give a file the attributes that the task asks for. Returns whether any was another, and the difference.
+
+    A file that C(is_new) also gets the SELinux label that the host's policy has for its path, as all modules of
+    ansible-core see to; so far it has its folder's.
+    """
     arguments = module.load_file_common_arguments(module.params, path=path)
     # A name from an archive may look like a variable or a home folder, and must not be taken for one.
     arguments["path"] = path
+    if is_new:
+        default = module.selinux_default_context(path)
+        arguments["secontext"] = [asked or usual for asked, usual in zip(arguments["secontext"], default)]
     difference: dict[str, t.Any] = {}
     changed = bool(module.set_fs_attributes_if_different(arguments, False, difference, expand=False))
     return changed, [{"before_header": path, "after_header": path, **difference}] if difference else []

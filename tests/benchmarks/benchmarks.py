@@ -4,8 +4,8 @@
 
 """Measure the codec beside the tools that administrators know, pair by pair, and say on what machine.
 
-Run it by C(tools/test bench), which brings what it needs. Each row runs an operation of the codec and its peer in turn and
-gives the median of the ratios of their wall times; the codec's own times leave out the start of the interpreter.
+Run it by C(tools/test bench), which brings what it needs. Each row runs an operation of the codec and its peer in turn
+and gives the median of the ratios of their wall times; the codec's own times leave out the start of the interpreter.
 No row passes or fails: the table shows the ratio beside the goal.
 """
 
@@ -513,7 +513,7 @@ def describe_machine(bench: Bench) -> str:
     with open("/proc/meminfo", encoding="utf-8") as info:
         memory = int(info.readline().split()[1]) / (1 << 20)
     kind, disk = (
-        subprocess.check_output(["findmnt", "-n", "-o", "FSTYPE", "-T", str(folder)], text=True).strip()
+        subprocess.check_output(["findmnt", "-f", "-n", "-o", "FSTYPE", "-T", str(folder)], text=True).strip()
         for folder in (bench.memory, bench.disk)
     )
     kernel = platform.release().partition("-")[0]

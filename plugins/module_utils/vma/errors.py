@@ -65,7 +65,12 @@ Report = t.Callable[[Problem], None]
 
 
 class VmaError(Exception):
-    """The base of all errors that the codec raises: where, what, and what to do about it."""
+    """The base of all errors that the codec raises: where, what, and what to do about it.
+
+    C(kind) is what results call an error of the class that is no problem of an archive.
+    """
+
+    kind: t.ClassVar[str] = "error"
 
     def __init__(self, message: str, *, file: str | None = None, remedy: str | None = None) -> None:
         super().__init__(message)
@@ -91,25 +96,37 @@ class ArchiveError(VmaError):
 class RequestError(VmaError):
     """What was asked for cannot be done: a name, a size or a combination of options."""
 
+    kind = "request"
+
 
 class SourceError(VmaError):
     """A disk image that is being backed up cannot be read, or changed while it was read."""
+
+    kind = "source"
 
 
 class TargetError(VmaError):
     """A file or block device cannot be written."""
 
+    kind = "target"
+
 
 class SpaceError(TargetError):
     """The target's file system has not enough room."""
+
+    kind = "space"
 
 
 class BusyError(TargetError):
     """Another run is writing the same target."""
 
+    kind = "busy"
+
 
 class ToolError(VmaError):
     """A tool that is needed is missing or failed."""
+
+    kind = "tool"
 
 
 def refuse(problem: Problem) -> None:

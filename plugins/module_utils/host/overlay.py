@@ -1,0 +1,137 @@
+# Copyright (c) The vmbackup.vma contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""External snapshots by libvirt: the guest writes to overlay files, so its disks stand still and are read in place.
+
+This is the way where libvirt has no backup jobs. Afterwards the overlays are committed into the disks, and the guest
+goes on with those.
+"""
+
+from __future__ import annotations
+
+import os
+import typing as t
+from xml.etree import ElementTree
+
+from ..vma.errors import ToolError
+from ..vma.pending_file import target_errors
+from . import virsh
+from .command import CommandError, run
+from .errors import SnapshotError
+from .journal import Fields
+from .provider import StepKind, Work
+from .scratch_space import find_shortage
+
+_COMMIT_TIMEOUT = 24 * 3600.0
+
+
+class Base(t.NamedTuple):
+    """A disk below an overlay: its path, and its format."""
+
+    path: str
+    format: str
+
+
+def put(work: Work, domain: str, folder: str, bases: t.Mapping[str, Base], others: t.Iterable[str]) -> None:
+    """Put overlays on some disks of a running domain, all at once. Raises: SnapshotError."""
+    overlays = {target: os.path.join(folder, f"{target}.overlay") for target in bases}
+    work.journal.add(
+        "overlays",
+        domain=domain,
+        folder=folder,
+        disks={target: [overlays[target], base.path, base.format] for target, base in bases.items()},
+    )
+    try:
+        virsh.put_overlays(domain, overlays, others)
+    except CommandError as error:
+        raise SnapshotError(
+            f"libvirt did not put overlays on the disks: {error.message}",
+            remedy=f"QEMU must be able to write to {folder}: see its user, AppArmor or SELinux, and the libvirt log.",
+        ) from error
+
+
+def _commit(fields: Fields) -> str | None:
+    """Bring the guest back to its own disks, whether it runs, was shut off meanwhile, or the host was rebooted."""
+    domain = fields["domain"]
+    state = virsh.get_state(domain)
+    committed = []
+    for target, (overlay, base, base_format) in fields["disks"].items():
+        if not os.path.lexists(overlay):
+            continue
+        current = None if state is None else _get_source(domain, target, running=state.has_process)
+        if current == overlay and state is not None and state.has_process:
+            virsh.abort_block_job(domain, target)
+            virsh.commit_overlay(domain, target)
+            committed.append(target)
+        elif current == overlay:
+            _commit_offline(domain, fields["folder"], overlay, Base(base, base_format))
+            committed.append(target)
+        elif current != base:
+            raise SnapshotError(
+                f"the domain {domain} uses neither the disk {base} nor our overlay on it, but {current or 'is gone'}",
+                file=overlay,
+                remedy="It may hold what the guest wrote last: commit it by hand (qemu-img commit), or remove it.",
+            )
+        with target_errors(overlay):
+            os.unlink(overlay)
+    state = virsh.get_state(domain)
+    if state is not None and state.is_starved:
+        virsh.resume(domain)
+    return f"the overlays of {domain} on {', '.join(committed)}" if committed else None
+
+
+def _get_source(domain: str, target: str, *, running: bool) -> str | None:
+    """The file or block device that a disk of the domain is."""
+    root = ElementTree.fromstring(virsh.dump_xml(domain, inactive=not running))
+    for disk in root.iterfind("./devices/disk"):
+        named, source = disk.find("target"), disk.find("source")
+        if named is not None and source is not None and named.get("dev") == target:
+            return source.get("file") or source.get("dev")
+    return None
+
+
+def _commit_offline(domain: str, folder: str, overlay: str, base: Base) -> None:
+    run(
+        ["qemu-img", "commit", "-q", "-f", "qcow2", overlay],
+        purpose="to commit an overlay of a domain that is shut off",
+        timeout=_COMMIT_TIMEOUT,
+        remedy=f"Do not start the domain. The overlay {overlay} holds what the guest wrote last: commit it by hand.",
+    )
+    root = ElementTree.fromstring(virsh.dump_xml(domain, inactive=True, secrets=True))
+    for disk in root.iterfind("./devices/disk"):
+        source = disk.find("source")
+        if source is None or source.get("file") != overlay:
+            continue
+        backing = disk.find("backingStore")
+        if backing is not None:
+            disk.remove(backing)
+        driver = disk.find("driver")
+        if driver is not None:
+            driver.set("type", base.format)
+        is_block = base.path.startswith("/dev/")
+        disk.set("type", "block" if is_block else "file")
+        source.attrib.clear()
+        source.set("dev" if is_block else "file", base.path)
+    definition = os.path.join(folder, "domain.xml")
+    with target_errors(definition), open(definition, "wb") as file:
+        file.write(ElementTree.tostring(root))
+    virsh.define(definition)
+
+
+def _find_trouble(fields: Fields) -> str | None:
+    shortage = find_shortage(fields["folder"])
+    if shortage is not None:
+        return shortage
+    try:
+        state = virsh.get_state(fields["domain"])
+    except ToolError:
+        return None  # libvirt may be restarting; the overlays are QEMU's and stay as they are
+    if state is not None and state.is_starved:
+        return f"the guest was paused, as a write failed: was {fields['folder']} full?"
+    return None
+
+
+KINDS: t.Mapping[str, StepKind] = {"overlays": StepKind(undo=_commit, health=_find_trouble)}
+
+__all__ = ("KINDS", "Base", "put")
