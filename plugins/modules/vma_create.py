@@ -468,7 +468,7 @@ def run(module: AnsibleModule) -> dict[str, t.Any]:
         integrity = None if params["overwrite"] == "never" and not created.changed else params["integrity"]
         archive = describe(task.dest, header, compression, integrity=integrity, with_content=task.with_content)
         uuid, ctime = header.uuid_text, header.ctime
-    differs, differences = set_attributes(module, task.dest)
+    differs, differences = set_attributes(module, task.dest, is_new=created.is_new)
     result = {
         "archive": archive,
         "changed": created.changed or differs,

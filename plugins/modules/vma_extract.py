@@ -395,7 +395,7 @@ def _set_attributes(module: AnsibleModule, extracted: Extracted) -> list[dict[st
     for item in items:
         if os.path.exists(item.path) and stat.S_ISBLK(os.stat(item.path).st_mode):
             continue
-        differs, difference = set_attributes(module, item.path)
+        differs, difference = set_attributes(module, item.path, is_new=item.is_new)
         item.changed = item.changed or differs
         differences += difference
     return differences

@@ -265,6 +265,7 @@ class _Command:
     """Undoes compression by a command that writes to a pipe. Its exit status counts."""
 
     def __init__(self, fd: int, command: list[str], purpose: str) -> None:
+        self._fd = fd
         self._name = command[0]
         path = find_tool(self._name, purpose)
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close())
@@ -275,6 +276,8 @@ class _Command:
     def readinto(self, view: memoryview) -> int:
         count = os.readv(self._pipe, [view])
         if not count and self._process.wait() != 0:
+            # The command reads through our descriptor. Where it could not go on, neither can we: that is an OSError.
+            os.read(self._fd, 1)
             raise ValueError(f"{self._name} ended with {describe_exit(self._process.returncode, self._stderr)}")
         return count
 

@@ -43,6 +43,7 @@ class Created:
     """What create() did. C(reason) says why the archive is, or would be, written; None where it stays.
 
     C(read_bytes) were read from the images, C(data_bytes) are stored in the archive. C(elapsed) is in seconds.
+    C(is_new) says that there was no file before.
     """
 
     changed: bool
@@ -50,6 +51,7 @@ class Created:
     read_bytes: int = 0
     data_bytes: int = 0
     elapsed: float = 0.0
+    is_new: bool = False
 
 
 def create(
@@ -93,13 +95,14 @@ def create(
         new_uuid = _parse_uuid(uuid) if uuid is not None else uuid_module.uuid4().bytes
         header = layout.build_header(new_uuid, int(time.time()) if ctime is None else ctime, headed, configs)
         reason: str | None = "the archive is rewritten always" if overwrite == "always" else None
-        if not os.path.lexists(dest):
+        is_new = not os.path.lexists(dest)
+        if is_new:
             reason = "there is no such file"
         elif reason is None:
             asked = _Asked(tuple(headed), tuple(configs), compression, integrity, new_uuid if uuid else None, ctime)
             reason = _difference(dest, asked, sources, threads, bytes_per_second)
         if reason is None or dry_run:
-            return Created(reason is not None, reason, elapsed=time.monotonic() - began)
+            return Created(reason is not None, reason, elapsed=time.monotonic() - began, is_new=is_new)
         writer = _Writer(headed, sources, new_uuid, integrity == "sha256", bytes_per_second)
         pending = PendingFile(dest)
         stack.callback(pending.discard)
@@ -112,7 +115,7 @@ def create(
         pending.sync()
         drop_behind(pending.fd, 0, 0)
         pending.commit()
-        return Created(True, reason, writer.read_bytes, writer.data_bytes, time.monotonic() - began)
+        return Created(True, reason, writer.read_bytes, writer.data_bytes, time.monotonic() - began, is_new)
 
 
 def _parse_uuid(text: str) -> bytes:

@@ -41,7 +41,10 @@ class DeviceRequest:
 
 @dataclasses.dataclass
 class ExtractedDevice:
-    """What became of a device. C(reason) says why its target was, or would be, written; None where it stayed."""
+    """What became of a device. C(reason) says why its target was, or would be, written; None where it stayed.
+
+    C(is_new) says that there was no target before.
+    """
 
     name: str
     path: str
@@ -50,6 +53,7 @@ class ExtractedDevice:
     written_bytes: int = 0
     changed: bool = False
     reason: str | None = None
+    is_new: bool = False
 
 
 @dataclasses.dataclass
@@ -62,6 +66,11 @@ class ExtractedConfig:
     data: bytes
     before: bytes | None = None
     changed: bool = False
+
+    @property
+    def is_new(self) -> bool:
+        """Whether there was no file before."""
+        return self.before is None
 
 
 @dataclasses.dataclass
@@ -261,7 +270,7 @@ class _Job:
         for plan in self._plans:
             target = plan.target
             if plan.present is None:
-                target.changed, target.reason = True, "there is no such file"
+                target.changed, target.reason, target.is_new = True, "there is no such file", True
             elif self._overwrite == "never":
                 continue
             elif self._overwrite == "always":

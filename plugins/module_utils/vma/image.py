@@ -475,6 +475,7 @@ __all__ = (
     "Patch",
     "SourceImage",
     "Target",
+    "check_unused",
     "clone_for_patch",
     "drop_behind",
     "open_patch",

@@ -21,6 +21,8 @@ from .errors import BusyError, SpaceError, TargetError
 _NAME_LIMIT = 200
 """Bytes of a file's name that leave room for what a pending file adds to it."""
 _SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LABEL = "security.selinux"
+_ACCESS_LIST = "system.posix_acl_access"
 
 
 @contextlib.contextmanager
@@ -146,7 +148,7 @@ class PendingFile:
             os.fsync(self.fd)
 
     def commit(self) -> None:
-        """Give the file its name, in place of what has it now, whose owner and mode it takes over.
+        """Give the file its name, in place of what has it now, whose owner, mode and label it takes over.
 
         Raises: TargetError, SpaceError; the old file is then untouched.
         """
@@ -166,6 +168,11 @@ class PendingFile:
             return
         if not stat.S_ISREG(old.st_mode):
             return
+        names = self._xattrs_of_old()
+        for name in names:
+            if name == _LABEL or name.startswith("user."):
+                with contextlib.suppress(OSError):
+                    self._adopt_xattr(name)
         new = os.fstat(self.fd)
         if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
             # Not every user may give files away: then the new file is the user's own, and stays closed to others.
@@ -173,9 +180,19 @@ class PendingFile:
                 os.fchown(self.fd, old.st_uid, old.st_gid)
             except PermissionError:
                 return
+        if _ACCESS_LIST in names:
+            # Without it, the mode opens the file to the group: its bits are then the most that the list grants anyone.
+            self._adopt_xattr(_ACCESS_LIST)
         os.fchmod(self.fd, stat.S_IMODE(old.st_mode))
-        with contextlib.suppress(OSError):
-            os.setxattr(self.fd, "security.selinux", os.getxattr(self.dest, "security.selinux", follow_symlinks=False))
+
+    def _xattrs_of_old(self) -> list[str]:
+        try:
+            return os.listxattr(self.dest, follow_symlinks=False)
+        except OSError:
+            return []  # the file system has none
+
+    def _adopt_xattr(self, name: str) -> None:
+        os.setxattr(self.fd, name, os.getxattr(self.dest, name, follow_symlinks=False))
 
     def discard(self) -> None:
         """Remove the file, unless it was committed. May be called more than once."""

@@ -23,6 +23,8 @@ from .layout import CLUSTER_SIZE, EXTENT_HEADER_SIZE, Device, Extent, Header, Ru
 from .parallel import Crew, Throttle
 
 _RESYNC_CHUNK = 1 << 20
+_PAGE_SIZE = 4096
+"""Bytes that the kernel reads at least: where one of them cannot be read, none of them can."""
 _VMSTATE_SLACK = 1 << 30
 """Bytes that a vmstate may be longer than its size in the header says, on top of twice that size."""
 
@@ -264,6 +266,7 @@ class Reader:
         """
         while not self._ended:
             offset = self._position
+            count = 0
             try:
                 count = self.stream.read(offset, view[:EXTENT_HEADER_SIZE])
                 if not count:
@@ -271,10 +274,10 @@ class Reader:
                 extent = self._parse(offset, view[:count])
             except ArchiveError as error:
                 self._report(error.problem)
-                if error.problem.kind not in _LOST:
+                if not self._can_go_on(error.problem):
                     break
                 self.stream.unread(view[1:count])
-                if not self._resync(offset + 1):
+                if not self._resync(max(offset + 1, error.problem.offset or 0)):
                     break
                 continue
             view[:EXTENT_HEADER_SIZE] = extent.blank
@@ -303,13 +306,20 @@ class Reader:
             message = f"expected the end, since all clusters have come; found {more}, which is no extent"
             raise ArchiveError(Problem("trailing_data", message, offset)) from error
 
+    def _can_go_on(self, problem: Problem) -> bool:
+        """Whether what follows the problem may still be read."""
+        return problem.kind in _LOST or (problem.kind == "read_error" and self.stream.seekable)
+
     def _resync(self, position: int) -> bool:
         """Look from C(position) on for the next sound extent header, and continue there. False where there is none."""
         memory = bytearray(_RESYNC_CHUNK)
         view = memoryview(memory)
         while True:
+            if position >= self._length_limit:
+                self._position = position  # where _parse() says that the archive is too long
+                return True
             try:
-                count = self.stream.read(position, view)
+                position, count = self._read_on(position, view)
             except ArchiveError as error:
                 self._report(error.problem)
                 return False
@@ -320,11 +330,32 @@ class Reader:
                     self._position = position + at
                     return True
                 at = memory.find(layout.EXTENT_MAGIC, at + 1, count)
-            if count < _RESYNC_CHUNK:
+            if count < EXTENT_HEADER_SIZE:
                 return False
             overlap = EXTENT_HEADER_SIZE - 1
             self.stream.unread(view[count - overlap : count])
             position += count - overlap
+
+    def _read_on(self, position: int, view: memoryview) -> tuple[int, int]:
+        """Fill C(view) from C(position), or from behind what cannot be read there. Returns where, and how many came.
+
+        Bytes that can be read come first. Of a storage that is gone altogether, one place in each megabyte is tried.
+        """
+        step = _PAGE_SIZE
+        while True:
+            try:
+                return position, self.stream.read(position, view)
+            except ArchiveError as error:
+                bad = error.problem.offset
+                if bad is None or bad >= self.file_size or not self.stream.seekable:
+                    raise
+                if bad - position >= EXTENT_HEADER_SIZE:
+                    view = view[: bad - position]
+                    continue
+                if bad > position:
+                    self._report(error.problem)
+                position = bad - bad % _PAGE_SIZE + step
+                step = min(2 * step, _RESYNC_CHUNK)
 
     def _require(self, offset: int, extent: Extent, data: memoryview) -> None:
         """See that the archive holds the extent's data; read it now where the stream comes only once."""

@@ -15,6 +15,8 @@ from .errors import ToolError
 
 PACKAGES: dict[str, str] = {"zstd": "zstd", "lzop": "lzop", "qemu-img": "qemu-utils (Debian) or qemu-img (Fedora)"}
 """The packages that tools come in, where they are not called as the tool is."""
+_WHILE_WE_LIVE = '[ "$PPID" = "$0" ] && exec "$@"'
+"""For sh: become a command, unless this process, whose number stands before the command, is no longer the parent."""
 
 
 def find_tool(name: str, purpose: str) -> str:
@@ -47,9 +49,15 @@ def start_tool(
 
 
 def bound_to_us(command: list[str]) -> list[str]:
-    """The command, so that it ends with this process even if that is killed, where the host has setpriv."""
+    """The command, so that it ends with this process even if that is killed, where the host has setpriv.
+
+    It must be started by the main thread: the kernel sends its signal when the thread that started it ends.
+    """
     guard = shutil.which("setpriv")
-    return command if guard is None else [guard, "--pdeathsig", "TERM", *command]
+    if guard is None:
+        return command
+    # Of a process that is killed before setpriv has asked for the signal there is none: so sh looks after that.
+    return [guard, "--pdeathsig", "TERM", "sh", "-c", _WHILE_WE_LIVE, str(os.getpid()), *command]
 
 
 def describe_exit(status: int, stderr: t.IO[bytes]) -> str:

@@ -21,7 +21,7 @@ import typing as t
 
 import pytest
 
-from ansible_collections.vmbackup.vma.plugins.module_utils.vma import create, zstd
+from ansible_collections.vmbackup.vma.plugins.module_utils.vma import create, verify, zstd
 from ansible_collections.vmbackup.vma.plugins.module_utils.vma.create import SourceDevice
 from ansible_collections.vmbackup.vma.plugins.module_utils.vma.layout import Config
 from ansible_collections.vmbackup.vma.plugins.modules import vma_create, vma_extract
@@ -164,6 +164,21 @@ def test_a_second_signal_does_not_end_the_cleaning_up(disk: str, folder: pathlib
         process.send_signal(signal.SIGTERM)
     _check_end(process, signal.SIGTERM)
     assert os.listdir(folder) == []
+
+
+def test_a_closed_pipe(disk: str, folder: pathlib.Path) -> None:
+    """Nobody is there any more to hear the result, as after a lost connection: the work is done all the same."""
+    path = folder / "a.vma"
+    process = _start("vma_create", {"dest": str(path), "devices": [{"name": "disk", "path": disk}]})
+    _wait_for_work(process, folder)
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdout = None
+    process.communicate(timeout=SECONDS)
+    assert process.returncode != 0
+    assert os.listdir(folder) == [path.name]
+    assert verify.verify(str(path)).verification.ok
+    victim.wait_for_end_of(process.pid)
 
 
 def test_a_view_of_another_format_goes_as_well(disk: str, folder: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -12,6 +12,7 @@ import pathlib
 import pwd
 import shutil
 import stat
+import struct
 import subprocess
 import tempfile
 import typing as t
@@ -80,6 +81,74 @@ def test_disks_and_configs_are_closed(old: int | None, modes: dict[str, set[int]
     assert [stat.S_IMODE((folder / name).stat().st_mode) for name in names] == [0o600 if old is None else old] * 3
     if old is None:
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+# --- what the owner of a file has laid down for it stays, as with ansible.builtin.copy --------------------------------
+
+LABEL = b"system_u:object_r:virt_image_t:s0\0"
+
+
+def _access_list(*entries: tuple[int, int, int]) -> bytes:
+    """A POSIX access control list as the kernel takes it, of tags, permissions and numbers of users."""
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+
+
+# user::rw- user:nobody:r-- group::--- mask::r-- other::---
+FOR_NOBODY = _access_list(
+    (1, 6, 0xFFFFFFFF), (2, 4, 65534), (4, 0, 0xFFFFFFFF), (16, 4, 0xFFFFFFFF), (32, 0, 0xFFFFFFFF)
+)
+
+
+def _set_or_skip(path: pathlib.Path, name: str, value: bytes) -> None:
+    try:
+        os.setxattr(path, name, value)
+    except OSError as error:
+        pytest.skip(f"{name} cannot be set here: {error.strerror}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("security.selinux", LABEL), ("user.comment", b"kept for the auditors"), ("system.posix_acl_access", FOR_NOBODY)],
+)
+@pytest.mark.parametrize("operation", ["create", "extract", "extract to qcow2"])
+def test_extended_attributes_stay(operation: str, name: str, value: bytes, tmp_path: pathlib.Path) -> None:
+    source = tmp_path / "disk"
+    source.write_bytes(DISK)
+    archive, folder = tmp_path / "a.vma", tmp_path / "out"
+    folder.mkdir()
+    kind = "qcow2" if operation.endswith("qcow2") else "raw"
+    path = archive if operation == "create" else folder / f"disk-disk.{kind}"
+    if kind == "qcow2":
+        subprocess.run([helpers.need_tool("qemu-img"), "create", "-q", "-f", kind, str(path), "1M"], check=True)
+    else:
+        path.write_bytes(b"old")
+    _set_or_skip(path, name, value)
+    before = path.stat()
+    if operation == "create":
+        create.create(str(path), [SourceDevice("disk", str(source))])
+    else:
+        archive.write_bytes(helpers.build_archive({"disk": DISK}).join())
+        extract.extract(str(archive), str(folder), devices=[extract.DeviceRequest("disk", None, kind)], configs=[])
+    after = path.stat()
+    assert after.st_ino != before.st_ino
+    assert os.getxattr(path, name) == value
+    assert stat.S_IMODE(after.st_mode) == stat.S_IMODE(before.st_mode)
+
+
+def test_what_a_list_grants_to_one_is_not_granted_to_the_group(home: Home) -> None:
+    """The mode shows r for the group where a list lets another user read."""
+    helpers.need_tool("setpriv")
+    home.path.chmod(0o755)
+    archive = home.path / "a.vma"
+    archive.write_bytes(b"old")
+    archive.chmod(0o600)
+    _set_or_skip(archive, "system.posix_acl_access", FOR_NOBODY)
+    assert stat.S_IMODE(archive.stat().st_mode) == 0o640
+    create.create(str(archive), [SourceDevice("disk", home.give("disk", DISK))])
+    assert home.do(victim.Task("verify", str(archive), "")) == (0, "")
+    command = ["setpriv", "--reuid", "65533", "--regid", "0", "--clear-groups", "cat", str(archive)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, "Permission denied" in done.stderr) == (1, True)
 
 
 def test_the_scratch_of_other_formats_is_closed(

@@ -15,11 +15,12 @@ import pathlib
 import random
 import struct
 import subprocess
+import time
 import typing as t
 
 import pytest
 
-from ansible_collections.vmbackup.vma.plugins.module_utils.vma import errors, extract, verify, zstd
+from ansible_collections.vmbackup.vma.plugins.module_utils.vma import errors, extract, reader, verify, zstd
 from ansible_collections.vmbackup.vma.tests.unit.plugins.module_utils.vma import helpers
 from ansible_collections.vmbackup.vma.tests.unit.plugins.module_utils.vma.helpers import CLUSTER, Archive, Found, Slot
 
@@ -473,6 +474,15 @@ def test_two_devices_of_one_name(tmp_path: pathlib.Path) -> None:
     _check_refused(path, {"header_invalid"}, tmp_path / "out")
 
 
+def test_two_configs_of_one_name(tmp_path: pathlib.Path) -> None:
+    archive = helpers.build_archive(IMAGES, configs={"a.conf": b"name: a\n", "b.conf": b"name: b\n"})
+    _renamed(archive, b"b.conf", b"a.conf")
+    path = tmp_path / "a.vma"
+    path.write_bytes(archive.join())
+    assert helpers.found(helpers.look(path).problems) == [("header_invalid", 2044 + 4, None, None)]
+    _check_refused(path, {"header_invalid"}, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("length", "found"),
     [
@@ -614,6 +624,28 @@ def test_an_archive_longer_than_its_devices_can_take(tmp_path: pathlib.Path) -> 
     assert set(seen.counts) == {"trailing_data"}
 
 
+@pytest.mark.parametrize("damage", ["behind the last extent", "an extent's header"])
+def test_a_decompression_bomb_is_stopped(damage: str, tmp_path: pathlib.Path) -> None:
+    """300 MiB of zeros in 300 kB: they are not even looked through for another extent."""
+    archive = helpers.build_archive({"d": b"x" * 512})
+    if damage == "an extent's header":
+        archive.extents[0][0] ^= 1
+    path = tmp_path / "a.vma.gz"
+    path.write_bytes(gzip.compress(archive.join() + bytes(300 << 20), 1))
+    began = time.process_time()
+    seen = helpers.look(path)
+    seconds = time.process_time() - began
+    assert "trailing_data" in seen.counts
+    place = next(problem.offset for problem in seen.problems if problem.kind == "trailing_data")
+    # the device can take one extent of each of its clusters, and some more that are empty
+    assert place is not None
+    assert place < 8 << 20
+    began = time.process_time()
+    gzip.decompress(path.read_bytes())
+    assert seconds < (time.process_time() - began) / 2
+    _check_refused(path, {"trailing_data", "extent_magic"}, tmp_path / "out")
+
+
 # --- RAM states -------------------------------------------------------------------------------------------------------
 
 STATE = helpers.make_image(20 * CLUSTER, "state", zero=0.0)
@@ -680,10 +712,9 @@ def test_every_flipped_bit_is_found(tmp_path: pathlib.Path) -> None:
         bit = draw.randrange(8 * limit)
         _flip(data, path, bit)
         assert not helpers.look(path).ok, f"bit {bit}"
-        if number % 3 == 0:
-            with pytest.raises(errors.ArchiveError):
-                extract.extract(str(path), str(tmp_path / "out"))
-            assert helpers.files_below(tmp_path / "out") == [], f"bit {bit}"
+        with pytest.raises(errors.ArchiveError):
+            extract.extract(str(path), str(tmp_path / "out"))
+        assert helpers.files_below(tmp_path / "out") == [], f"bit {bit}"
 
 
 def test_every_bit_of_an_extent_header_counts(tmp_path: pathlib.Path) -> None:
@@ -833,6 +864,53 @@ def test_storage_that_cannot_read(number: int, tmp_path: pathlib.Path, monkeypat
     assert helpers.found(seen.problems) == [("read_error", AT[number] + 512, None, None)]
     assert seen.whole == {DISK: False, EFI: number == 0}
     _check_refused(path, {"read_error"}, tmp_path / "out")
+
+
+_PAGE = 4096
+_FIRST = AT[1] // _PAGE * _PAGE
+"""Where the page begins in which the header of extent 1 lies."""
+
+
+@pytest.mark.parametrize(
+    ("stretches", "places", "lost"),
+    [
+        pytest.param([(0, 1)], [AT[1]], [1], id="one page"),
+        pytest.param([(0, 7)], [AT[1]], [1], id="several pages are one place"),
+        pytest.param([(0, 1), (2, 4)], [AT[1], _FIRST + 2 * _PAGE], [1], id="two places"),
+        pytest.param([(0, 1), (17, 20)], [AT[1], _FIRST + 17 * _PAGE], [1], id="one where a step of the search ends"),
+        pytest.param([(0, -(-END // _PAGE))], [AT[1]], [1, 2], id="all the rest"),
+    ],
+)
+def test_storage_that_cannot_read_a_header(
+    stretches: list[tuple[int, int]],
+    places: list[int],
+    lost: list[int],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The next extent is looked for behind. C(stretches) are counted in pages from the one with the header on."""
+    path = tmp_path / "a.vma"
+    path.write_bytes(BASE.join())
+    bad = [(_FIRST + begin * _PAGE, _FIRST + end * _PAGE) for begin, end in stretches]
+    real = os.preadv
+    failures = 0
+
+    def preadv(fd: int, views: t.Sequence[memoryview], offset: int) -> int:
+        nonlocal failures
+        if offset < END and any(begin <= offset < end for begin, end in bad):
+            failures += 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        room = min([begin - offset for begin, _end in bad if begin > offset], default=1 << 60)
+        return real(fd, [views[0][:room]], offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(reader, "_RESYNC_CHUNK", 16 * _PAGE)
+    seen = helpers.look(path, "structure")
+    expected: list[Found] = [("read_error", place, None, None) for place in places]
+    expected += [missing for number in lost for missing in _lost(number)][: 2 if len(lost) > 1 else None]
+    assert helpers.found(seen.problems) == sorted(expected, key=repr)
+    assert seen.extents == 3 - len(lost)
+    assert failures < 20
 
 
 def test_libzstd_is_what_these_tests_ran() -> None:
