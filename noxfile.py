@@ -296,6 +296,28 @@ def units(session: nox.Session) -> None:
 
 
 @nox.session
+def molecule(session: nox.Session) -> None:
+    """Run the scenarios of extensions/molecule on hosts in namespaces; after "--", other arguments for molecule."""
+    if os.geteuid() != 0:
+        session.skip("needs root")
+    missing = [tool for tool in ("gcc", "ip", "mmdebstrap", "qemu-img", "ssh") if not shutil.which(tool)]
+    if missing:
+        session.skip(f"not installed: {', '.join(missing)}")
+    tree = prepare_tree(session, CORE, "molecule")
+    with session.chdir(tree.current_path), Tally(session) as tally:
+        # Molecule ends at the first scenario that fails.
+        session.run(
+            "extensions/molecule/tools/fleet",
+            *("wrap", "molecule"),
+            *(session.posargs or ["test", "--all", "--report"]),
+            env={"ANSIBLE_COLLECTIONS_PATH": str(tree.current_place), "NO_COLOR": "1"},
+            external=True,
+        )
+        if not session.posargs:
+            tally.passed = len(list(pathlib.Path("extensions/molecule").glob("*/molecule.yml"))) - 1
+
+
+@nox.session
 def fuzz(session: nox.Session) -> None:
     """Give the codec some thousand mutants of archives; after "--", --mutants 1000000 makes it a long run."""
     session.run("python", "tests/fuzz/fuzz.py", *(session.posargs or ["--mutants", "10000"]))

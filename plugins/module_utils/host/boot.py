@@ -38,6 +38,8 @@ from .qemu_monitor import Monitor
 _QEMUS = ("qemu-system-x86_64", "qemu-kvm", "/usr/libexec/qemu-kvm")
 _TICK = 0.2
 """Seconds between two looks at signs that do not announce themselves."""
+_SILENCE = 0.5
+"""Seconds without a word after which a guest that gave up has said all."""
 _LAST_WORDS = 2.0
 """Seconds in which a QEMU that closed its connections ends, and says why."""
 
@@ -341,7 +343,7 @@ class _Guest:
         while missing:
             ready = select.select(sources, [], [], _TICK)[0]
             now = time.monotonic() - began
-            events = self.monitor.events()
+            failure = self._judge_all(self.monitor.events())
             if self.monitor.is_closed:
                 self._read_on(on_console)
             elif self._line in ready:
@@ -350,7 +352,6 @@ class _Guest:
                 if sign.is_seen():
                     missing.remove(sign)
                     self.seen[sign.name] = round(now, 3)
-            failure = self._judge_all(events)
             if missing and (failure is not None or self.console.failed_at is not None):
                 self._read_on(on_console)
                 return self.console.failure() or failure
@@ -371,7 +372,7 @@ class _Guest:
     def _read_on(self, on_console: boot_signs.ConsoleSign | None) -> None:
         """Take what the guest still has to say, until it falls silent."""
         deadline = time.monotonic() + _LAST_WORDS
-        while time.monotonic() < deadline and select.select([self._line], [], [], _TICK)[0]:
+        while time.monotonic() < deadline and select.select([self._line], [], [], _SILENCE)[0]:
             if not self._receive(on_console):
                 break
 

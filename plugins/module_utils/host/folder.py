@@ -10,10 +10,11 @@ import os
 import shutil
 import typing as t
 
-from ..vma.errors import RequestError
+from ..vma.errors import RequestError, SpaceError
 from ..vma.pending_file import target_errors
 from .journal import Fields, Journal
 from .provider import MARK, StepKind
+from .scratch_space import find_shortage
 
 
 def make_folder(journal: Journal, parent: str, run_id: str, owner: int | None = None) -> str:
@@ -23,6 +24,9 @@ def make_folder(journal: Journal, parent: str, run_id: str, owner: int | None = 
     """
     if not os.path.isdir(parent):
         raise RequestError("this folder for scratch files does not exist", file=parent, remedy="Make it first.")
+    shortage = find_shortage(parent)
+    if shortage is not None:
+        raise SpaceError(shortage, remedy="Make room there, or choose another folder.")
     path = os.path.join(os.path.realpath(parent), f"{MARK}-{run_id}")
     journal.add("folder", path=path)
     with target_errors(path):

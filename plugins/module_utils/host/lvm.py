@@ -217,9 +217,10 @@ class LvmVolumes(Provider):
         with work.stand_still(must=is_used and len(volumes) > 1) as reached:
             for volume, name in zip(volumes, names):
                 _create(work, volume, name, sizes.get(volume.location))
+        if not is_used:
             still = _read_volumes(*{volume.group for volume in volumes})
-        if not is_used and any(still[volume.location].is_open for volume in volumes):
-            raise SnapshotError("a volume was opened while the volumes were being frozen", remedy="Run it again.")
+            if any(still[volume.location].is_open for volume in volumes):
+                raise SnapshotError("a volume was opened while the volumes were being frozen", remedy="Run it again.")
         paths = [f"/dev/{volume.group}/{name}" for volume, name in zip(volumes, names)]
         return self._result(paths, volumes, reached if is_used else OFFLINE)
 

@@ -48,7 +48,7 @@ class Monitor:
             else:
                 socket.send_fds(self._socket, [line], [fd])
         except OSError as error:
-            self.is_closed = True
+            # What it told before it ended can still be read.
             raise ToolError(f"QEMU does not take the command {command}: {error.strerror}") from error
         answer = self._next_message("return", "error")
         if "error" in answer:

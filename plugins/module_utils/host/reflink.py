@@ -72,8 +72,7 @@ class ReflinkCopies(Provider):
                     raise SnapshotError("this file is in the way", file=copy, remedy="Remove it, or run again.")
                 work.journal.add("reflink", path=copy)
                 _clone(disk.path, copy)
-            still_unused = not self._is_used()
-        if not is_used and not still_unused:
+        if not is_used and self._is_used():
             raise SnapshotError("an image was opened while the images were being frozen", remedy="Run it again.")
         frozen = [dataclasses.replace(disk, path=copy) for disk, copy in zip(disks, copies)]
         return Frozen(frozen, _METHOD, reached if is_used else OFFLINE)

@@ -81,6 +81,8 @@ def freeze_disks(request: Request) -> Snapshot:
     journal = _lock(request.name, request.journals)
     try:
         cleared = release(journal, KINDS)
+        if cleared:
+            machine = Machine(request)  # an overlay that was committed is no disk of the domain any more
         run_id = secrets.token_hex(4)
         began = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         journal.begin(id=run_id, name=request.name, began=began, idle_timeout=request.limits.idle)

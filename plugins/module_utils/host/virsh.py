@@ -129,7 +129,8 @@ def describe_backup(domain: str) -> str | None:
     try:
         return _virsh("backup-dumpxml", "--domain", domain)
     except CommandError as error:
-        if "no domain backup job present" in error.said or "domain is not running" in error.said:
+        # A virsh that does not know the command has no backup jobs.
+        if any(said in error.said for said in ("no domain backup job", "domain is not running", "unknown command")):
             return None
         raise
 
