@@ -32,6 +32,7 @@ except ImportError:
 
 NAMESPACE, NAME = "vmbackup", "vma"
 CODEC_TESTS = "tests/unit/plugins/module_utils/vma"
+HOST_TESTS = "tests/unit/plugins/module_utils/host"
 SHEBANG = b"#!/usr/bin/env bash\n"
 VECTORS = pathlib.Path("tests/unit/vectors")
 # tools/stages.py reads them here
@@ -290,9 +291,24 @@ def codec(session: nox.Session) -> None:
 
 @nox.session
 def units(session: nox.Session) -> None:
-    """Test all but the codec under plain pytest, with Ansible."""
+    """Test the modules and filters under plain pytest, with Ansible."""
     session.install(f"ansible-core~={CORE}.0", "-r", "tests/unit/requirements.txt")
-    run_pytest(session, "tests/unit", f"--ignore={CODEC_TESTS}")
+    run_pytest(session, "tests/unit", f"--ignore={CODEC_TESTS}", f"--ignore={HOST_TESTS}")
+
+
+@nox.session
+def host(session: nox.Session) -> None:
+    """Test what hypervisors need: snapshots on real storage, disks that boot, and their configurations."""
+    session.install("-r", "tests/unit/requirements.txt")
+    run_pytest(session, HOST_TESTS)
+
+
+@nox.session(default=False)
+def zfs(session: nox.Session) -> None:
+    """Test snapshots of ZFS in an emulated guest, whose kernel modules are compiled first: many minutes."""
+    session.install("-r", "tests/unit/requirements.txt")
+    session.env["VMBACKUP_STORAGE_ZFS"] = "1"
+    run_pytest(session, f"{HOST_TESTS}/test_zfs.py")
 
 
 @nox.session

@@ -33,9 +33,12 @@ class LibvirtDomain(Provider):
 
         Raises: RequestError where a disk cannot be read from outside of the guest.
         """
-        self._domain = domain
         self._drives = drives
-        self._disks = [disk for disk in domain.disks if disk.target in drives]
+        self._take(domain)
+
+    def _take(self, domain: Domain) -> None:
+        self._domain = domain
+        self._disks = [disk for disk in domain.disks if disk.target in self._drives]
         for disk in self._disks:
             if disk.obstacle is not None or disk.encrypted:
                 reason = disk.obstacle or "it is encrypted"
@@ -57,6 +60,8 @@ class LibvirtDomain(Provider):
 
     def freeze(self, work: Work) -> Frozen:
         """See Provider."""
+        # Overlays that a killed run had left were the domain's disks until they were cleared, which is just now.
+        self._take(Domain.parse(virsh.dump_xml(self._domain.uuid)))
         state = virsh.get_state(self._domain.uuid)
         if state is None or not state.has_process:
             return self._lock(work)

@@ -23,7 +23,8 @@ class AtRest(Provider):
     _METHOD = "read in place"
 
     def __init__(self, disks: t.Sequence[Disk]) -> None:
-        self._disks = disks
+        # The keeper, which looks for readers, works in another folder.
+        self._disks = [dataclasses.replace(disk, path=os.path.abspath(disk.path)) for disk in disks]
 
     def plan(self) -> Frozen:
         """See Provider."""

@@ -24,6 +24,8 @@ _AGENT_TIMEOUT = 60.0
 _JOB_TIMEOUT = 60.0
 _COMMIT_TIMEOUT = 24 * 3600.0
 _POLL = 0.1
+_NO_BLOCK_JOB = ("not found", "no active", "No active", "not have an active")
+"""How libvirt says that there is no job on a disk: the last is libvirt 7's."""
 
 
 class State(t.NamedTuple):
@@ -161,7 +163,7 @@ def abort_block_job(domain: str, target: str) -> None:
     try:
         _virsh("blockjob", "--domain", domain, "--path", target, "--abort")
     except CommandError as error:
-        if "not found" not in error.said and "no active" not in error.said and "No active" not in error.said:
+        if not any(words in error.said for words in _NO_BLOCK_JOB):
             raise
 
 
