@@ -280,6 +280,20 @@ def refuse_stray_files(session: nox.Session, tarball: pathlib.Path) -> None:
         session.error(f"The tarball holds what git does not: {', '.join(strays)}")
 
 
+@nox.session
+def examples(session: nox.Session) -> None:
+    """Check the CI files that users copy, and run their steps with the collection as it is packed."""
+    session.install(f"ansible-core~={CORE}.0", "check-jsonschema")
+    for schema, name in (("github-workflows", "github-actions"), ("gitlab-ci", "gitlab-ci")):
+        session.run("check-jsonschema", "--builtin-schema", f"vendor.{schema}", f"examples/ci/{name}.yml")
+    folder = pathlib.Path(session.create_tmp(), "examples").resolve()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    session.run("ansible-galaxy", "collection", "build", f"--output-path={folder}")
+    (tarball,) = folder.glob("*.tar.gz")
+    session.run("python", "tests/examples/ci_files.py", str(tarball), str(folder / "runs"))
+
+
 @nox.session(python=MODULE_PYTHONS)
 def codec(session: nox.Session) -> None:
     """Test the codec under plain pytest, without Ansible."""

@@ -36,11 +36,8 @@ CLUSTER = 65536
 CPUS = len(os.sched_getaffinity(0))
 ROOT = Path(__file__).resolve().parents[2]
 
-SVG_LICENCE = """<!--
-Copyright (c) The vmbackup.vma contributors
-GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
-SPDX-License-Identifier: GPL-3.0-or-later
--->"""
+# The drawing has the same licence as this file
+SVG_LICENCE = "\n".join(["<!--", *(line[2:] for line in Path(__file__).read_text().splitlines()[:3]), "-->"])
 
 PRELUDE = """
 import json, os, sys, time
