@@ -550,7 +550,7 @@ def plot(rows: t.Sequence[Row], machine: str, path: Path) -> None:
     drawing = io.StringIO()
     with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vma"}):
         figure.savefig(drawing, format="svg", metadata={"Date": None})
-    first, _, rest = drawing.getvalue().partition("\n")
+    first, _newline, rest = drawing.getvalue().partition("\n")
     lines = [first, SVG_LICENCE, *rest.splitlines()]
     path.write_text("\n".join(line.rstrip() for line in lines) + "\n", encoding="utf-8")
 

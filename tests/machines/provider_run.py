@@ -63,8 +63,10 @@ class Run:
     def freeze(self) -> provider.Frozen:
         """Freeze the disks."""
         still = self.guest.standing_still
-        hold = lambda fd: self.held.append(os.dup(fd))  # noqa: E731
-        return self.provider.freeze(provider.Work(self.journal, RUN_ID, str(self._scratch), still, hold))
+        return self.provider.freeze(provider.Work(self.journal, RUN_ID, str(self._scratch), still, self._hold))
+
+    def _hold(self, fd: int) -> None:
+        self.held.append(os.dup(fd))
 
     def release(self) -> list[str]:
         """Undo all steps; what was removed."""

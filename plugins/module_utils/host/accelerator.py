@@ -10,6 +10,7 @@ import os
 import select
 import subprocess
 import time
+import typing as t
 
 from ..vma.errors import SpaceError, ToolError
 from ..vma.tools import bound_to_us, start_tool
@@ -48,8 +49,7 @@ def kvm_runs(qemu: str) -> bool:
     command += ["-device", "isa-debugcon,iobase=0x402,chardev=firmware"]
     process = start_tool(bound_to_us(command), stdout=subprocess.PIPE)
     try:
-        assert process.stdout is not None
-        return _hears(process.stdout.fileno())
+        return _hears(t.cast("t.IO[bytes]", process.stdout).fileno())
     finally:
         process.kill()
         process.wait()

@@ -10,7 +10,8 @@ import os
 import subprocess
 import typing as t
 
-from ..vma.errors import ToolError
+from ansible_collections.vmbackup.vma.plugins.module_utils.vma.errors import ToolError
+
 from ..vma.tools import bound_to_us, find_tool
 
 DEFAULT_TIMEOUT = 120

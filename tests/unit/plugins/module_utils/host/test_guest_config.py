@@ -596,7 +596,7 @@ def test_nothing_in_texts_becomes_a_line(text: str) -> None:
         "vmgenid",
     }
     assert not any(character in sentence for sentence in config.unmapped for character in "\n\r\v\u2028")
-    wanted = "\n".join(text.strip("\n") for _ in range(3))
+    wanted = "\n".join(text.strip("\n") for _line in range(3))
     assert (vzdump.parse_config(config.text.encode())["description"] or "") == wanted
 
 
