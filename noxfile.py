@@ -53,6 +53,9 @@ CORE = "2.19"
 # the newest that the modules support.
 HOST_PYTHONS = {"2.19": MODULE_PYTHONS[0], "2.21": MODULE_PYTHONS[-1]}
 
+# What a run of the stage molecule has by itself.
+SCENARIOS = ["hosts", "vm_backup", "failures"]
+
 # The versions of pip that ansible-test of these cores bootstraps its environments with.
 BOOTSTRAPPED_PIPS = ["23.1.2", "24.2", "25.2"]
 
@@ -327,7 +330,10 @@ def zfs(session: nox.Session) -> None:
 
 @nox.session
 def molecule(session: nox.Session) -> None:
-    """Run the scenarios of extensions/molecule on hosts in namespaces; after "--", other arguments for molecule."""
+    """Run scenarios of extensions/molecule on hosts in namespaces; after "--", other arguments for molecule.
+
+    VMA_TEST_FAILURES=.* walks over all points of failure, and the scenario "crowd" has 30 hosts; both take long.
+    """
     if os.geteuid() != 0:
         session.skip("needs root")
     missing = [tool for tool in ("gcc", "ip", "mmdebstrap", "qemu-img", "ssh") if not shutil.which(tool)]
@@ -335,12 +341,12 @@ def molecule(session: nox.Session) -> None:
         session.skip(f"not installed: {', '.join(missing)}")
     tree = prepare_tree(session, CORE, "molecule")
     with session.chdir(tree.current_path), Tally(session) as tally:
-        # Molecule ends at the first scenario that fails.
+        scenarios = [f"--scenario-name={name}" for name in SCENARIOS]
         session.run(
             "extensions/molecule/tools/fleet",
             # Molecule looks for its base configuration at the root of a checkout, and this is a copy of one.
             *("wrap", "molecule", "--base-config=.config/molecule/config.yml"),
-            *(session.posargs or ["test", "--all", "--report"]),
+            *(session.posargs or ["test", *scenarios, "--continue-on-failure", "--report"]),
             env={
                 "ANSIBLE_COLLECTIONS_PATH": str(tree.current_place),
                 # Without hosts every scenario would succeed.
@@ -350,7 +356,7 @@ def molecule(session: nox.Session) -> None:
             external=True,
         )
         if not session.posargs:
-            tally.passed = len(list(pathlib.Path("extensions/molecule").glob("*/molecule.yml"))) - 1
+            tally.passed = len(SCENARIOS)
 
 
 @nox.session

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -18,6 +19,9 @@ import typing as t
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NOX = [sys.executable, "-m", "nox", "--noxfile", str(ROOT / "noxfile.py")]
 CACHE = ROOT / ".nox" / ".cache"
+
+# Stages that wait for guests and hosts most of the time; what they print comes at the end.
+WAITING = ("molecule",)
 
 # The one thing that CI may lack; a test that is skipped for anything else has not been run, and CI has failed.
 INTERPRETER_IS_ABSENT = re.compile(r"\bPython (interpreter )?3\.\d+", re.IGNORECASE)
@@ -65,20 +69,32 @@ def choose(wanted: list[str]) -> list[str]:
 
 
 def run(stages: list[str], args: list[str]) -> list[Stage]:
-    """Run the stages one after the other and return what became of them."""
-    report = CACHE / "report.json"
-    report.parent.mkdir(parents=True, exist_ok=True)
-    report.unlink(missing_ok=True)
-    for tally in CACHE.glob("tally/*.json"):
-        tally.unlink()
-    command = [*NOX, "--no-error-on-missing-interpreters", "--report", str(report), "--sessions", *stages, "--", *args]
-    # With CI in their environment the formatters check and do not edit.
-    subprocess.run(command, check=False, cwd=ROOT, env={**os.environ, "CI": "true"})
-    if not report.exists():
-        sys.exit(f"nox left no report of {', '.join(stages)}")
-    results = json.loads(report.read_text(encoding="utf-8"))["sessions"]
+    """Run the stages and return what became of them: one after the other, and beside them those that mostly wait."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    for leftover in (*CACHE.glob("*.json"), *CACHE.glob("tally/*.json")):
+        leftover.unlink()
+    waiting = [stage for stage in stages if stage in WAITING and len(stages) > 1]
+    output = CACHE / "waiting.log"
+    with concurrent.futures.ThreadPoolExecutor() as pool, output.open("w", encoding="utf-8") as log:
+        beside = pool.submit(run_nox, waiting, args, CACHE / "waiting.json", log) if waiting else None
+        report = CACHE / "report.json"
+        results = run_nox([stage for stage in stages if stage not in waiting], args, report, None)
+        if beside is not None:
+            results += beside.result()
+    print(output.read_text(encoding="utf-8"), end="", flush=True)
     # lint does nothing but ask for the stages before it
     return [Stage.from_report(result) for result in results if result["name"] != "lint"]
+
+
+def run_nox(stages: list[str], args: list[str], report: pathlib.Path, log: t.TextIO | None) -> list[dict[str, t.Any]]:
+    """Run nox, and return its reports of the stages. The output goes to C(log), if given."""
+    command = [*NOX, "--no-error-on-missing-interpreters", "--report", str(report), "--sessions", *stages, "--", *args]
+    # With CI in their environment the formatters check and do not edit.
+    environment = {**os.environ, "CI": "true"}
+    subprocess.run(command, check=False, cwd=ROOT, env=environment, stdout=log, stderr=log and subprocess.STDOUT)
+    if not report.exists():
+        sys.exit(f"nox left no report of {', '.join(stages)}")
+    return t.cast("list[dict[str, t.Any]]", json.loads(report.read_text(encoding="utf-8"))["sessions"])
 
 
 def sum_up(stages: list[Stage], *, skips_fail: bool) -> bool:
@@ -88,7 +104,7 @@ def sum_up(stages: list[Stage], *, skips_fail: bool) -> bool:
     for stage in stages:
         counts = f"{stage.passed:7} {len(stage.failed):7} {len(stage.skipped):8}"
         print(f"{stage.name:{width}} {stage.seconds:8.1f} {counts}")
-    print(f"{'all':{width}} {sum(stage.seconds for stage in stages):8.1f}")
+    print(f"{'all':{width}} {sum(stage.seconds for stage in stages):8.1f}, some at the same time")
 
     failed = [f"{stage.name}: {test}" for stage in stages for test in stage.failed]
     skipped: list[str] = []

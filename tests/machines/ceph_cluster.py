@@ -94,14 +94,14 @@ class Cluster:
         self.run("ceph-mon", "-i", "a", "--mkfs", "--monmap", monmap)
         self._start_daemon("ceph-mon", "-i", "a")
         self._wait_until("quorum", "ceph", "mon", "stat")
-        self.run("ceph", "osd", "create", osd)
+        self._wait_until("0", "ceph", "osd", "create", osd)
         (self.folder / "osd").mkdir()
         self.run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd, "--no-mon-config")
         self._start_daemon("ceph-osd", "-i", "0")
         self._wait_until("1 up", "ceph", "osd", "stat")
-        self.run("ceph", "osd", "crush", "add", "osd.0", "1.0", "root=default", "host=here")
-        self.run("ceph", "osd", "pool", "create", "rbd", "8")
-        self.run("ceph", "osd", "pool", "application", "enable", "rbd", "rbd")
+        self._wait_until("", "ceph", "osd", "crush", "add", "osd.0", "1.0", "root=default", "host=here")
+        self._wait_until("", "ceph", "osd", "pool", "create", "rbd", "8")
+        self._wait_until("", "ceph", "osd", "pool", "application", "enable", "rbd", "rbd")
 
     def _wait_until(self, words: str, *command: str) -> None:
         """Ask until the answer has these words. A monitor that is just starting refuses what it later allows."""
@@ -109,10 +109,10 @@ class Cluster:
         while True:
             try:
                 answer = self.run(*command)
+                if words in answer:
+                    return
             except ClusterError as error:
                 answer = str(error)
-            if words in answer:
-                return
             if time.monotonic() > deadline:
                 raise ClusterError(f"no {words!r} after {TIMEOUT} seconds, see the logs in {self.folder}: {answer}")
             time.sleep(_POLL)

@@ -33,12 +33,9 @@ class LibvirtDomain(Provider):
 
         Raises: RequestError where a disk cannot be read from outside of the guest.
         """
-        self._drives = drives
-        self._take(domain)
-
-    def _take(self, domain: Domain) -> None:
         self._domain = domain
-        self._disks = [disk for disk in domain.disks if disk.target in self._drives]
+        self._drives = drives
+        self._disks = [disk for disk in domain.disks if disk.target in drives]
         for disk in self._disks:
             if disk.obstacle is not None or disk.encrypted:
                 reason = disk.obstacle or "it is encrypted"
@@ -60,8 +57,6 @@ class LibvirtDomain(Provider):
 
     def freeze(self, work: Work) -> Frozen:
         """See Provider."""
-        # Overlays that a killed run had left were the domain's disks until they were cleared, which is just now.
-        self._take(Domain.parse(virsh.dump_xml(self._domain.uuid)))
         state = virsh.get_state(self._domain.uuid)
         if state is None or not state.has_process:
             return self._lock(work)

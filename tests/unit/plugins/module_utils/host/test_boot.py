@@ -386,7 +386,7 @@ def test_a_qemu_that_ends_early(boot_disks_of: Boot, scratch: pathlib.Path, tmp_
     def kill() -> None:
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
-            with contextlib.suppress(OSError, ValueError, IndexError):
+            with contextlib.suppress(OSError, ValueError, StopIteration):
                 pid = int((next(scratch.glob(f"{PREFIX}*")) / PID_FILE).read_text())
                 os.kill(pid, 9)
                 return
