@@ -62,15 +62,14 @@ class LibvirtDomain(Provider):
             return self._lock(work)
         folder = make_folder(work.journal, work.scratch, work.run_id, virsh.get_process_owner(self._domain.name))
         targets = [disk.target for disk in self._disks]
-        if can_view():
-            try:
-                with work.stand_still(must=False) as consistency:
-                    backup_job.begin(work, self._domain.uuid, folder, targets)
-            except backup_job.BackupUnsupportedError:
-                pass
-            else:
-                return self._result(backup_job.open_views(work, folder, targets), _BACKUP_JOB, consistency)
-        return self._put_overlays(work, folder)
+        if not can_view():
+            return self._put_overlays(work, folder)
+        try:
+            with work.stand_still(must=False) as consistency:
+                backup_job.begin(work, self._domain.uuid, folder, targets)
+        except backup_job.BackupUnsupportedError:
+            return self._put_overlays(work, folder)
+        return self._result(backup_job.open_views(work, folder, targets), _BACKUP_JOB, consistency)
 
     def _put_overlays(self, work: Work, folder: str) -> Frozen:
         bases = {}

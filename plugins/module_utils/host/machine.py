@@ -96,10 +96,11 @@ class Machine:
             raise RequestError(
                 f"the disks of {self.request.name} are not known: libvirt has no such domain", remedy="Name the disks."
             )
-        by_target = {disk.target: disk for disk in self.domain.disks}
+        names = {target: drive for drive, target in drives.items()}
         return tuple(
-            Disk(drive, by_target[target].source.location, by_target[target].format)  # type: ignore[union-attr]
-            for drive, target in drives.items()
+            Disk(names[disk.target], disk.source.location, disk.format)
+            for disk in self.domain.disks
+            if disk.target in names and disk.source is not None
         )
 
     def configure(self, disks: t.Iterable[Disk]) -> GuestConfig | None:
