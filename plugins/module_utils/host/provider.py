@@ -51,13 +51,14 @@ class Frozen:
 
 
 class StandStill(t.Protocol):
-    """Makes the guest stand still for as long as its context lasts, where that can be done.
+    """Makes the guest stand still for as long as its context lasts, where that can be done."""
 
-    Enter it with whether that is a must: a provider that cannot freeze several disks at once needs it, and the entering
-    raises SnapshotError where the guest cannot be held. The value is the consistency that is reached.
-    """
+    def __call__(self, *, must: bool) -> contextlib.AbstractContextManager[str]:
+        """The context, whose value is the consistency that is reached.
 
-    def __call__(self, *, must: bool) -> contextlib.AbstractContextManager[str]: ...
+        A provider that cannot freeze several disks at once says that it is a C(must): then the entering raises
+        SnapshotError where the guest cannot be held.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
