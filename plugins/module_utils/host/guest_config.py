@@ -241,11 +241,10 @@ class _Writer:
         kind = "q35" if "q35" in machine else "virt" if machine.split("-")[0] == "virt" else "pc"
         if kind != "pc":
             self._set("machine", kind)
-        if machine == kind or (kind, machine) == ("pc", "i440fx"):
-            pass
-        elif kind == "pc" and not machine.startswith(("pc-i440fx", "pc-0", "pc-1")):
+        is_plain = machine == kind or (kind, machine) == ("pc", "i440fx")
+        if kind == "pc" and not is_plain and not machine.startswith(("pc-i440fx", "pc-0", "pc-1")):
             self._say(f"the machine is pc: Proxmox VE has no {machine}")
-        else:
+        elif not is_plain:
             self._say(f"the machine is {kind} of the restoring host's version: {machine} may be missing there")
         if domain.arch == "aarch64":
             self._set("arch", "aarch64")
