@@ -12,16 +12,25 @@ import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
+import time
 import typing as t
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NOX = [sys.executable, "-m", "nox", "--noxfile", str(ROOT / "noxfile.py")]
 CACHE = ROOT / ".nox" / ".cache"
 
-# Stages that wait for guests and hosts most of the time; what they print comes at the end.
+LOGS = CACHE / "logs"
+
+# Stages that wait for guests and hosts most of the time run beside the others.
 WAITING = ("molecule",)
+
+# Of the log of a stage that failed.
+SHOWN_LINES = 100
+SHOWN_WIDTH = 1000
+TELLS_OF_FAILURE = re.compile(r"^(fatal|failed|FAILED|ERROR|E  )(?!.*RETRYING)")
 
 # The one thing that CI may lack; a test that is skipped for anything else has not been run, and CI has failed.
 INTERPRETER_IS_ABSENT = re.compile(r"\bPython (interpreter )?3\.\d+", re.IGNORECASE)
@@ -48,13 +57,21 @@ class Stage(t.NamedTuple):
         failed = counts.get("failed", []) or ([] if ok else ["the stage itself"])
         return cls(name, result["duration"], counts.get("passed", int(ok)), failed, counts.get("skipped", []))
 
+    def line(self) -> str:
+        """Say in one line how the stage ended, and when."""
+        verdict = f"{len(self.failed)} FAILED, {self.passed} passed" if self.failed else f"{self.passed} passed"
+        return f"{time.strftime('%H:%M:%S')} {self.name}: {verdict}, {self.seconds:.0f} s"
+
 
 def known_stages() -> dict[str, str]:
     """Return the stages that run by default, with what they do."""
     listing = subprocess.run([*NOX, "--list", "--json"], check=False, stdout=subprocess.PIPE, cwd=ROOT)
     if listing.returncode != 0:
         sys.exit("nox cannot read the noxfile, see above")
-    return {stage["session"]: stage["description"] for stage in json.loads(listing.stdout)}
+    known = {stage["session"]: stage["description"] for stage in json.loads(listing.stdout)}
+    # It does nothing but ask for stages that are listed themselves.
+    known.pop("lint", None)
+    return known
 
 
 def choose(wanted: list[str]) -> list[str]:
@@ -69,32 +86,62 @@ def choose(wanted: list[str]) -> list[str]:
 
 
 def run(stages: list[str], args: list[str]) -> list[Stage]:
-    """Run the stages and return what became of them: one after the other, and beside them those that mostly wait."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    for leftover in (*CACHE.glob("*.json"), *CACHE.glob("tally/*.json")):
+    """Run the stages and return what became of them: one after the other, and beside them those that mostly wait.
+
+    A single stage prints as it goes. Of several, each prints a line at its end, and the log of one that failed follows
+    at the end of all, where a reader of a long output looks first.
+    """
+    LOGS.mkdir(parents=True, exist_ok=True)
+    for leftover in (*CACHE.glob("*.json"), *CACHE.glob("tally/*.json"), *LOGS.iterdir()):
         leftover.unlink()
-    waiting = [stage for stage in stages if stage in WAITING and len(stages) > 1]
-    output = CACHE / "waiting.log"
-    with concurrent.futures.ThreadPoolExecutor() as pool, output.open("w", encoding="utf-8") as log:
-        beside = pool.submit(run_nox, waiting, args, CACHE / "waiting.json", log) if waiting else None
-        report = CACHE / "report.json"
-        results = run_nox([stage for stage in stages if stage not in waiting], args, report, None)
-        if beside is not None:
-            results += beside.result()
-    print(output.read_text(encoding="utf-8"), end="", flush=True)
-    # lint does nothing but ask for the stages before it
-    return [Stage.from_report(result) for result in results if result["name"] != "lint"]
+    if len(stages) == 1:
+        return [run_stage(stages[0], args, None)]
+    lanes = [[name for name in stages if (name in WAITING) is waits] for waits in (True, False)]
+    running: set[str] = set()
+
+    def run_lane(lane: list[str]) -> list[Stage]:
+        done = []
+        for name in lane:
+            running.add(name)
+            with (LOGS / name).open("w", encoding="utf-8") as log:
+                done.append(run_stage(name, args, log))
+            running.discard(name)
+            print(done[-1].line(), flush=True)
+        return done
+
+    def end(number: int, _frame: object) -> None:
+        show_logs(sorted(running))
+        print(f"\nEnded by {signal.Signals(number).name} in {', '.join(sorted(running))}", flush=True)
+        # What runs has had the signal too: it went to the whole group.
+        os._exit(1)
+
+    signal.signal(signal.SIGTERM, end)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        waiting, others = pool.map(run_lane, lanes)
+    show_logs([stage.name for stage in (*others, *waiting) if stage.failed])
+    return [*others, *waiting]
 
 
-def run_nox(stages: list[str], args: list[str], report: pathlib.Path, log: t.TextIO | None) -> list[dict[str, t.Any]]:
-    """Run nox, and return its reports of the stages. The output goes to C(log), if given."""
-    command = [*NOX, "--no-error-on-missing-interpreters", "--report", str(report), "--sessions", *stages, "--", *args]
+def run_stage(name: str, args: list[str], log: t.TextIO | None) -> Stage:
+    """Run one stage through nox, and return what became of it. The output goes to C(log), if given."""
+    report = CACHE / f"{name}.json"
+    command = [*NOX, "--no-error-on-missing-interpreters", "--report", str(report), "--sessions", name, "--", *args]
     # With CI in their environment the formatters check and do not edit.
     environment = {**os.environ, "CI": "true"}
     subprocess.run(command, check=False, cwd=ROOT, env=environment, stdout=log, stderr=log and subprocess.STDOUT)
     if not report.exists():
-        sys.exit(f"nox left no report of {', '.join(stages)}")
-    return t.cast("list[dict[str, t.Any]]", json.loads(report.read_text(encoding="utf-8"))["sessions"])
+        return Stage(name, 0, 0, ["nox left no report of it"], [])
+    (result,) = json.loads(report.read_text(encoding="utf-8"))["sessions"]
+    return Stage.from_report(result)
+
+
+def show_logs(names: list[str]) -> None:
+    """Print the ends of stages' logs, and before them the lines that tell of a failure further up."""
+    for name in names:
+        lines = (LOGS / name).read_text(encoding="utf-8", errors="replace").splitlines()
+        print(f"\n===== {name}: the end of its {len(lines)} lines in {LOGS / name} =====")
+        failures = [line[:SHOWN_WIDTH] for line in lines[:-SHOWN_LINES] if TELLS_OF_FAILURE.search(line)]
+        print(*failures[-SHOWN_LINES:], *lines[-SHOWN_LINES:], sep="\n", flush=True)
 
 
 def sum_up(stages: list[Stage], *, skips_fail: bool) -> bool:
