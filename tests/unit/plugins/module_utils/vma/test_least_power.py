@@ -200,11 +200,11 @@ class Home:
 
 @pytest.fixture
 def home() -> t.Iterator[Home]:
-    """Outside of pytest's folders, which only their owner may enter."""
+    """Where every user may go: pytest's folders are for their owner alone, and so may be that of the checkout."""
     if os.geteuid() != 0:
         pytest.skip("to run as somebody else needs root; all other tests run as an ordinary user already")
     uid = pwd.getpwnam("nobody").pw_uid
-    path = pathlib.Path(tempfile.mkdtemp(prefix="vma-home-"))
+    path = pathlib.Path(tempfile.mkdtemp(prefix="vma-home-", dir="/var/tmp"))
     os.chown(path, uid, uid)
     yield Home(path, uid)
     shutil.rmtree(path)
