@@ -57,7 +57,11 @@ osd data = {folder}/osd
 osd objectstore = memstore
 memstore device bytes = 1073741824
 osd memory target = 939524096
+osd class update on start = false
+osd crush update on start = false
 """
+# An OSD that asks the monitor for something as it starts now and then does so before it knows the fsid of its cluster:
+# then it is refused, and ends.
 FEATURES = 1 + 4 + 8 + 16
 """Layering, exclusive-lock, object-map and fast-diff: what images have by default, without deep-flatten."""
 
@@ -114,8 +118,13 @@ class Cluster:
             except ClusterError as error:
                 answer = str(error)
             if time.monotonic() > deadline:
-                raise ClusterError(f"no {words!r} after {TIMEOUT} seconds, see the logs in {self.folder}: {answer}")
+                raise ClusterError(f"no {words!r} after {TIMEOUT} seconds: {answer}\n{self._ends_of_logs()}")
             time.sleep(_POLL)
+
+    def _ends_of_logs(self) -> str:
+        logs = sorted([*self.folder.glob("*.log"), *self.folder.glob("*.out")])
+        ends = [(path.name, path.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]) for path in logs]
+        return "\n".join(f"{name}: {line}" for name, lines in ends for line in lines)
 
     def _start_daemon(self, *command: str) -> None:
         with (self.folder / f"{command[0]}.out").open("wb") as log:

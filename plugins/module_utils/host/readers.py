@@ -15,31 +15,75 @@ _GUESTS = ("qemu-system", "qemu-kvm", "kvm")
 """How the processes are called that run guests: these have images open without reading a snapshot."""
 
 
+_REMOTE = ("nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "afs")
+"""File systems, besides those of FUSE, whose server may be gone: who asks for a file of theirs then waits for ever."""
+
+if t.TYPE_CHECKING:
+    _Identity = tuple[int, int, int]
+
+
 def has_readers(paths: t.Sequence[str]) -> bool:
     """Whether another process than this one, and than a running guest, has any of the files or block devices open.
 
-    What an ordinary user may not see is taken as not open.
+    What an ordinary user may not see is taken as not open. Descriptors on a remote file system, or on one of FUSE, are
+    not looked at unless one of C(paths) lies on it.
     """
     wanted = {identity for identity in map(_identity, paths) if identity is not None}
-    return any(_has_open(pid, wanted) for pid in os.listdir("/proc") if pid.isdigit() and int(pid) != os.getpid())
+    avoided: dict[str, set[str]] = {}
+    return any(
+        _has_open(pid, wanted, avoided) for pid in os.listdir("/proc") if pid.isdigit() and int(pid) != os.getpid()
+    )
 
 
 def has_open(pid: int, path: str) -> bool:
     """Whether a certain process has a file or block device open. False where the process or the file is gone."""
     identity = _identity(path)
-    return identity is not None and _has_open(str(pid), {identity})
+    return identity is not None and _has_open(str(pid), {identity}, {})
 
 
-def _has_open(pid: str, wanted: set[tuple[int, int, int]]) -> bool:
+def _has_open(pid: str, wanted: set[_Identity], avoided: dict[str, set[str]]) -> bool:
+    """C(avoided) keeps for each namespace of mounts those that must not be asked."""
     with contextlib.suppress(OSError):
         folder = f"/proc/{pid}/fd"
-        if any(_identity(f"{folder}/{fd}") in wanted for fd in os.listdir(folder)):
-            with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as comm:
-                return not comm.read().startswith(_GUESTS)
+        namespace = os.readlink(f"/proc/{pid}/ns/mnt")
+        if namespace not in avoided:
+            avoided[namespace] = _mounts_to_avoid(pid, wanted)
+        mounts = avoided[namespace]
+        for fd in os.listdir(folder):
+            if mounts and _mount_of(pid, fd) in mounts:
+                continue
+            if _identity(f"{folder}/{fd}") in wanted:
+                with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as comm:
+                    return not comm.read().startswith(_GUESTS)
     return False
 
 
-def _identity(path: str) -> tuple[int, int, int] | None:
+def _mounts_to_avoid(pid: str, wanted: set[_Identity]) -> set[str]:
+    """The numbers of the mounts that a process sees whose server might not answer, and which hold nothing wanted."""
+    mounts = set()
+    with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            mount, _separator, source = line.partition(" - ")
+            number, _parent, device = mount.split(" ")[:3]
+            kind = source.split(" ")[0]
+            major, _colon, minor = device.partition(":")
+            is_wanted = any(identity[0] == os.makedev(int(major), int(minor)) for identity in wanted)
+            if not is_wanted and (kind in _REMOTE or kind.split(".")[0] == "fuse"):
+                mounts.add(number)
+    return mounts
+
+
+def _mount_of(pid: str, fd: str) -> str | None:
+    """The number of the mount on which a process has a file open. None where it has been closed by now."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/fdinfo/{fd}", encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            key, _colon, value = line.partition(":")
+            if key == "mnt_id":
+                return value.strip()
+    return None
+
+
+def _identity(path: str) -> _Identity | None:
     """What tells a file or a block device from all others, whatever its path."""
     try:
         status = os.stat(path)

@@ -7,10 +7,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
+import sys
 import typing as t
 
 import pytest
@@ -65,6 +68,44 @@ def test_a_block_device_by_any_of_its_names(make_loop: MakeLoop, tmp_path: pathl
     with opened(str(alias)):
         assert readers.has_readers([device])
         assert not readers.has_readers([other])
+
+
+def is_mute(path: str) -> bool:
+    try:
+        subprocess.run(["test", "-s", path], check=True, timeout=0.5)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
+
+
+def test_a_file_system_that_answers_nobody_is_not_asked(file: str, tmp_path: pathlib.Path) -> None:
+    """As that of a dead file server, or a view whose daemon stands still."""
+    tool = shutil.which("qemu-storage-daemon")
+    if tool is None or os.geteuid() != 0:
+        pytest.skip("needs root and qemu-storage-daemon, to mount a file system that can be stopped")
+    mute = tmp_path / "mute"
+    mute.touch()
+    block = json.dumps({"driver": "null-co", "size": 4096, "node-name": "n"})
+    export = json.dumps({"type": "fuse", "id": "e", "node-name": "n", "mountpoint": str(mute)})
+    server = subprocess.Popen([tool, "--blockdev", block, "--export", export])
+    try:
+        snapshots.wait_for(lambda: mute.stat().st_size == 4096)
+        with opened(str(mute)) as pid, opened(file), contextlib.ExitStack() as answering:
+            assert readers.has_readers([str(mute)])
+            server.send_signal(signal.SIGSTOP)
+            # The kernel knows for a while what the server said last.
+            snapshots.wait_for(lambda: is_mute(f"/proc/{pid}/fd/0"))
+            # Even to end, a process that has a file of it open has to wait for its server.
+            answering.callback(server.send_signal, signal.SIGCONT)
+            code = "import sys; from ansible_collections.vmbackup.vma.plugins.module_utils.host import readers; "
+            asked = [sys.executable, "-c", f"{code}print(readers.has_readers(sys.argv[1:]))"]
+            for path, expected in ((file, "True"), (os.devnull, "True"), (str(tmp_path / "none"), "False")):
+                done = subprocess.run([*asked, path], check=True, capture_output=True, text=True, timeout=30)
+                assert done.stdout.strip() == expected
+    finally:
+        server.kill()
+        server.wait()
+        subprocess.run(["umount", "--lazy", str(mute)], check=False)
 
 
 def test_this_process_is_none(file: str) -> None:
