@@ -202,8 +202,16 @@ def _destroy(name: str, mark: str) -> bool:
             f"{name} lacks our property {_PROPERTY}={mark} and is not ours to destroy",
             remedy="Look whose it is, and rename or destroy it.",
         )
-    _run(["zfs", "destroy", name])
-    return True
+    # Who reads all new devices, as udev does, keeps one busy for a moment.
+    deadline = time.monotonic() + _DEVICE_TIMEOUT
+    while True:
+        try:
+            _run(["zfs", "destroy", name])
+            return True
+        except CommandError as error:
+            if "busy" not in error.said or time.monotonic() > deadline:
+                raise
+        time.sleep(_POLL)
 
 
 def _remove_snapshots(fields: Fields) -> str | None:

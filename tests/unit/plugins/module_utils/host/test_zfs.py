@@ -245,7 +245,9 @@ def make(pools: None) -> t.Iterator[t.Callable[[str], str]]:  # noqa: ARG001 (th
 
     yield make_volume
     for name in names:
-        tool("zfs", "destroy", name)
+        # udev looks once more at what was written to
+        while subprocess.run(["zfs", "destroy", name], check=False).returncode:
+            time.sleep(0.1)
 
 
 @pytest.fixture
@@ -304,3 +306,15 @@ def test_a_real_snapshot_without_our_property_is_not_destroyed(
         with pytest.raises(SnapshotError, match="lacks our property"):
             run.release()
         tool("zfs", "set", MARK, snapshot)
+
+
+@in_storage_guest_with_zfs
+def test_a_real_clone_that_somebody_reads_is_destroyed_when_he_is_done(
+    make: t.Callable[[str], str], tmp_path: pathlib.Path
+) -> None:
+    with Run(tmp_path, zfs.ZfsVolumes(disks(make("tank")))) as run:
+        (clone,) = paths(run.freeze())
+        with clone.open("rb") as file:
+            reader = subprocess.Popen(["sleep", "1"], stdin=file)
+        assert len(run.release()) == 2
+        assert reader.wait() == 0
