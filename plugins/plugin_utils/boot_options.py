@@ -45,6 +45,8 @@ def boot_options(guest: Guest, images: t.Mapping[str, Image]) -> dict[str, t.Any
     if controller not in SCSI_CONTROLLERS:
         notes.append(f"the SCSI controller is lsi instead of {controller}")
         controller = "lsi"
+    if guest.is_uefi and guest.efi is None:
+        notes.append("the EFI variables are empty, the VM's own boot entries among them: the archive has none")
     card = guest.nics[0].model if guest.nics else "virtio"
     if card not in NETWORK_CARDS:
         card = _DEFAULT_CARD

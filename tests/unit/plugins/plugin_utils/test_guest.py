@@ -120,6 +120,17 @@ def test_a_boot_disk_that_is_not_in_the_archive_is_named() -> None:
     assert "the VM boots from scsi0, and the archive holds none of these" in vm.missing
 
 
+def test_efi_variables_that_are_not_in_the_archive() -> None:
+    text = "bios: ovmf\nscsi0: local:1"
+    for devices in (["drive-efidisk0", "drive-scsi0"], ["drive-scsi0"]):
+        options = boot_options(guest.parse(text, devices), images(*devices))
+        assert options["firmware"] == "uefi"
+        assert bool(options["efi_vars"]) is (options["notes"] == []) is ("drive-efidisk0" in devices)
+    assert options["notes"] == [
+        "the EFI variables are empty, the VM's own boot entries among them: the archive has none"
+    ]
+
+
 def test_without_a_configuration_the_devices_tell() -> None:
     options = boot_options(guest.parse("", ["drive-sata1", "web-root"]), images("drive-sata1", "web-root"))
     assert paths(options) == [("web-root.raw", "virtio"), ("drive-sata1.raw", "sata")]
