@@ -55,7 +55,7 @@ CORE = "2.19"
 HOST_PYTHONS = {"2.19": MODULE_PYTHONS[0], "2.21": MODULE_PYTHONS[-1]}
 
 # What a run of the stage molecule has by itself.
-SCENARIOS = ["hosts", "vm_backup", "failures"]
+SCENARIOS = ["hosts", "vm_backup", "failures", "restore"]
 
 # The roles refuse these, so their targets are left out.
 OLD_CORES = ["2.17"]
