@@ -27,6 +27,12 @@ LOGS = CACHE / "logs"
 # Stages that wait for guests and hosts most of the time run beside the others.
 WAITING = ("molecule",)
 
+# Stages that run only when they are named, and why.
+LEFT_OUT = {
+    "zfs": "compiles the modules of ZFS, for many minutes, before it tests snapshots of ZFS in a guest",
+    "bench": "wants a machine that does nothing else",
+}
+
 # Of the log of a stage that failed.
 SHOWN_LINES = 100
 SHOWN_WIDTH = 1000
@@ -162,6 +168,9 @@ def sum_up(stages: list[Stage], *, skips_fail: bool) -> bool:
     for title, lines in (("Skipped", skipped), ("Failed (under CI a test that is skipped fails)", failed)):
         if lines:
             print(f"\n{title}:", *lines, sep="\n  ")
+
+    if len(stages) > 1:
+        print("\nNot among the stages that run by default:", *map(": ".join, LEFT_OUT.items()), sep="\n  ")
 
     passed = sum(stage.passed for stage in stages)
     print(f"\n{passed} passed, {len(failed)} failed" + (f", {len(skipped)} skipped" if skipped else ""))
