@@ -99,8 +99,9 @@ def test_a_file_system_that_answers_nobody_is_not_asked(file: str, tmp_path: pat
             answering.callback(server.send_signal, signal.SIGCONT)
             code = "import sys; from ansible_collections.vmbackup.vma.plugins.module_utils.host import readers; "
             asked = [sys.executable, "-c", f"{code}print(readers.has_readers(sys.argv[1:]))"]
+            found = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
             for path, expected in ((file, "True"), (os.devnull, "True"), (str(tmp_path / "none"), "False")):
-                done = subprocess.run([*asked, path], check=True, capture_output=True, text=True, timeout=30)
+                done = subprocess.run([*asked, path], check=True, capture_output=True, text=True, env=found, timeout=30)
                 assert done.stdout.strip() == expected
     finally:
         server.kill()
