@@ -34,24 +34,30 @@ class Interrupted(BaseException):
 
 @contextlib.contextmanager
 def _interruptible() -> t.Iterator[None]:
-    """Raise Interrupted in the main thread when a signal comes: what is unfinished is then removed on the way out."""
+    """Raise Interrupted in the main thread when a signal comes: what is unfinished is then removed on the way out.
+
+    From then on signals are ignored until the process ends, which it is about to do.
+    """
     previous = {number: signal.getsignal(number) for number in _SIGNALS}
     # A signal that is ignored from outside, as by nohup, stays so.
     taken = [number for number in _SIGNALS if previous[number] is not signal.SIG_IGN]
+    interrupted: list[int] = []
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
         # A second signal must not end the cleaning up that the first one started.
         for each in taken:
             signal.signal(each, signal.SIG_IGN)
+        interrupted.append(number)
         raise Interrupted(number)
 
+    for number in taken:
+        signal.signal(number, interrupt)
     try:
-        for number in taken:
-            signal.signal(number, interrupt)
         yield
     finally:
-        for number in taken:
-            signal.signal(number, previous[number] or signal.SIG_DFL)
+        if not interrupted:
+            for number in taken:
+                signal.signal(number, previous[number] or signal.SIG_DFL)
 
 
 def error_fields(error: VmaError) -> dict[str, t.Any]:

@@ -159,8 +159,8 @@ def test_a_second_signal_does_not_end_the_cleaning_up(disk: str, folder: pathlib
     process = _start("vma_create", options)
     _wait_for_work(process, folder)
     process.send_signal(signal.SIGTERM)
-    # each of these comes while the first is dealt with, or is not minded any more
-    for _n in range(20):
+    # As long as it lives: also while what is unfinished is removed, and told
+    while process.poll() is None:
         process.send_signal(signal.SIGTERM)
     _check_end(process, signal.SIGTERM)
     assert os.listdir(folder) == []
