@@ -266,12 +266,14 @@ def test_a_signal_ends_it_and_leaves_nothing(
 ) -> None:
     image.write_bytes(os.urandom(16 << 20))
     before = sorted(tmp_path.iterdir())
-    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     timer = threading.Timer(0.3, os.kill, (os.getpid(), number))
     timer.start()
     result = run(vma_create, fails=True, bandwidth_limit="1M", **options)
     timer.join()
+    # The module's process would end now; this one goes on.
+    left = [signal.signal(each, handler) for each, handler in handlers.items()]
+    assert left == [signal.SIG_IGN] * 3
     assert result["error"]["kind"] == "interrupted"
     assert number.name in result["msg"]
     assert sorted(tmp_path.iterdir()) == before
-    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == handlers
