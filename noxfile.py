@@ -34,6 +34,8 @@ NAMESPACE, NAME = "vmbackup", "vma"
 CODEC_TESTS = "tests/unit/plugins/module_utils/vma"
 HOST_TESTS = "tests/unit/plugins/module_utils/host"
 MODULE_TESTS = "tests/unit/plugins/modules"
+# No test takes half of it, on a machine as small as CI has.
+TEST_SECONDS = 300
 SHEBANG = b"#!/usr/bin/env bash\n"
 VECTORS = pathlib.Path("tests/unit/vectors")
 # tools/stages.py reads them here
@@ -130,12 +132,13 @@ def files_of_git(session: nox.Session) -> list[str]:
 
 
 def run_pytest(session: nox.Session, *args: str) -> None:
-    """Run pytest and count its tests."""
+    """Run pytest and count its tests. One that hangs fails, with the place where it hangs."""
+    options = ["-q", "-p", "no:cacheprovider", f"--timeout={TEST_SECONDS}"]
     report = pathlib.Path(session.create_tmp(), "junit.xml")
     report.unlink(missing_ok=True)
     with Tally(session) as tally:
         try:
-            session.run("pytest", "-q", f"--junitxml={report}", "-p", "no:cacheprovider", *args, *session.posargs)
+            session.run("pytest", *options, f"--junitxml={report}", *args, *session.posargs)
         finally:
             if report.exists():
                 tally.add_junit(report)

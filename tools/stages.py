@@ -64,9 +64,10 @@ class Stage(t.NamedTuple):
         return cls(name, result["duration"], counts.get("passed", int(ok)), failed, counts.get("skipped", []))
 
     def line(self) -> str:
-        """Say in one line how the stage ended, and when."""
+        """Say in one line how the stage ended, and when, and below it what failed."""
         verdict = f"{len(self.failed)} FAILED, {self.passed} passed" if self.failed else f"{self.passed} passed"
-        return f"{time.strftime('%H:%M:%S')} {self.name}: {verdict}, {self.seconds:.0f} s"
+        line = f"{time.strftime('%H:%M:%S')} {self.name}: {verdict}, {self.seconds:.0f} s"
+        return "\n    ".join((line, *self.failed))
 
 
 def known_stages() -> dict[str, str]:
@@ -104,6 +105,7 @@ def run(stages: list[str], args: list[str]) -> list[Stage]:
         return [run_stage(stages[0], args, None)]
     lanes = [[name for name in stages if (name in WAITING) is waits] for waits in (True, False)]
     running: set[str] = set()
+    failed: list[str] = []
 
     def run_lane(lane: list[str]) -> list[Stage]:
         done = []
@@ -112,11 +114,13 @@ def run(stages: list[str], args: list[str]) -> list[Stage]:
             with (LOGS / name).open("w", encoding="utf-8") as log:
                 done.append(run_stage(name, args, log))
             running.discard(name)
+            if done[-1].failed:
+                failed.append(name)
             print(done[-1].line(), flush=True)
         return done
 
     def end(number: int, _frame: object) -> None:
-        show_logs(sorted(running))
+        show_logs([*failed, *sorted(running)])
         print(f"\nEnded by {signal.Signals(number).name} in {', '.join(sorted(running))}", flush=True)
         # What runs has had the signal too: it went to the whole group.
         os._exit(1)
@@ -124,7 +128,7 @@ def run(stages: list[str], args: list[str]) -> list[Stage]:
     signal.signal(signal.SIGTERM, end)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         waiting, others = pool.map(run_lane, lanes)
-    show_logs([stage.name for stage in (*others, *waiting) if stage.failed])
+    show_logs(failed)
     return [*others, *waiting]
 
 

@@ -80,6 +80,15 @@ class Site:
         snapshots.wait_for(is_free, "the keeper lives on")
 
 
+def opened_by(pid: int) -> set[str]:
+    """What a process has open."""
+    opened = set()
+    for entry in pathlib.Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            opened.add(os.readlink(entry))
+    return opened
+
+
 @pytest.fixture
 def site(tmp_path: pathlib.Path) -> t.Iterator[Site]:
     found = Site(tmp_path)
@@ -103,8 +112,9 @@ def test_it_lets_go_of_what_its_starter_had_open(site: Site) -> None:
     # both pipes come to their end although the keeper lives
     assert starter.communicate(timeout=snapshots.SECONDS) == ("ready\n", "")
     assert snapshots.lives(site.pid)
-    opened = [os.readlink(entry) for entry in pathlib.Path(f"/proc/{site.pid}/fd").iterdir()]
-    assert sorted(set(opened)) == ["/dev/null", journal.find_lock("web", site.journals)]
+    allowed = {os.devnull, journal.find_lock("web", site.journals)}
+    # now and then it looks who reads, and has something of /proc open for a moment
+    snapshots.wait_for(lambda: opened_by(site.pid) == allowed, "it has more open than it needs")
     assert os.readlink(f"/proc/{site.pid}/cwd") == "/"
     assert os.getsid(site.pid) == site.pid
     assert site.effect.exists()

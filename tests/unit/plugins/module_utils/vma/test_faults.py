@@ -67,14 +67,18 @@ def _check_kills(task: victim.Task, folder: pathlib.Path, old: Contents) -> None
     new = Contents.of(folder)
     assert new != old
     draw = random.Random(f"{task.operation} {task.format} {KILLS}")
-    killed = 0
     for number in range(KILLS):
         old.write(folder)
         share = (number + draw.random()) / KILLS
+        # a run that ended before its kill, as threads make fewer calls or the machine has become quicker, is repeated
         if number % 2:
-            killed += victim.run_until_call(task, 1 + int(share * calls))
+            while not victim.run_until_call(task, 1 + int(share * calls)):
+                calls -= 1 + calls // 20
+                old.write(folder)
         else:
-            killed += victim.run_until_time(task, share * seconds)
+            while not victim.run_until_time(task, share * seconds):
+                seconds *= 0.9
+                old.write(folder)
         left = Contents.of(folder)
         for name in new:
             assert left.get(name) in (old.get(name), new[name]), f"{name} is a mixture after {share:.4f} of the run"
@@ -83,8 +87,6 @@ def _check_kills(task: victim.Task, folder: pathlib.Path, old: Contents) -> None
         victim.run(task)
         assert Contents.of(folder) == new, f"after a run that was killed at {share:.4f}"
         assert [entry.name for entry in folder.iterdir() if entry.is_dir()] == []
-    # nearly all; the last ones by the clock may have come too late
-    assert killed >= KILLS * 3 // 4 - 1
 
 
 @dataclasses.dataclass(frozen=True)
