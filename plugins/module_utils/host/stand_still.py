@@ -15,7 +15,7 @@ import typing as t
 from ..vma.errors import ToolError, VmaError
 from . import virsh
 from .errors import SnapshotError
-from .journal import Fields, Journal
+from .journal import Fields, Journal, Step
 from .provider import APPLICATION, CRASH, OFFLINE, StepKind
 
 QUIESCE = ("auto", "always", "never")
@@ -51,21 +51,24 @@ class Guest:
             yield CRASH
             return
         step = self._journal.add("frozen", domain=self._domain)
-        consistency = self._freeze()
+        consistency = self._freeze(step)
         try:
             yield consistency
         finally:
             if consistency == APPLICATION:
                 virsh.thaw(self._domain)
-            self._journal.remove(step)
+                self._journal.remove(step)
 
-    def _freeze(self) -> str:
+    def _freeze(self, step: Step) -> str:
         try:
             virsh.freeze(self._domain)
         except ToolError as error:
-            # The agent may have frozen some of the file systems, or may yet answer.
+            # The agent may have frozen some of the file systems, or may yet do so. Where it does not thaw them now, the
+            # step stays, and is undone with the snapshot.
             with contextlib.suppress(VmaError):
-                virsh.thaw(self._domain)
+                if not virsh.is_without_agent(error, unasked=True):
+                    _thaw(step.fields)
+                self._journal.remove(step)
             if self._quiesce == "always":
                 raise SnapshotError(
                     f"the file systems of {self._name} could not be quiesced: {error.message}",
@@ -105,11 +108,14 @@ def _thaw(fields: Fields) -> str | None:
     state = virsh.get_state(fields["domain"])
     if state is None or state.name != "running":
         return None
-    # Without an agent nothing was frozen; the attempt is all that there was.
-    with contextlib.suppress(ToolError):
+    try:
         virsh.thaw(fields["domain"])
-        return f"the freeze of the file systems of {fields['domain']}"
-    return None
+    except ToolError as error:
+        # Without an agent nothing was frozen; the attempt is all that there was.
+        if virsh.is_without_agent(error):
+            return None
+        raise
+    return f"the freeze of the file systems of {fields['domain']}"
 
 
 def _go_on(fields: Fields) -> str | None:

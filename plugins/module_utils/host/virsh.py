@@ -14,6 +14,7 @@ import shutil
 import time
 import typing as t
 
+from ..vma.errors import ToolError
 from .command import CommandError, run
 from .errors import GuestError
 
@@ -26,6 +27,10 @@ _COMMIT_TIMEOUT = 24 * 3600.0
 _POLL = 0.1
 _NO_BLOCK_JOB = ("not found", "no active", "No active", "not have an active")
 """How libvirt says that there is no job on a disk: the last is libvirt 7's."""
+
+_NO_AGENT = ("agent is not configured", "agent is not connected")
+_SILENT_AGENT = ("respond to synchronization", "not available for now")
+"""How libvirt says that no agent runs in the guest, and that it asked an agent for nothing, as that did not answer."""
 
 
 class State(t.NamedTuple):
@@ -106,9 +111,16 @@ def freeze(domain: str) -> int:
     return int("".join(filter(str.isdigit, said)) or 0)
 
 
+def is_without_agent(error: ToolError, *, unasked: bool = False) -> bool:
+    """Whether a command to the agent failed as there is none, or C(unasked) as a silent one was not told of it."""
+    known = _NO_AGENT + _SILENT_AGENT * unasked
+    return isinstance(error, CommandError) and any(said in error.said for said in known)
+
+
 def thaw(domain: str) -> None:
     """Let the guest agent thaw the guest's file systems, also where they were not frozen. Raises: ToolError."""
-    _virsh("domfsthaw", "--domain", domain, timeout=_AGENT_TIMEOUT)
+    remedy = f"The guest may stand still: start its agent anew, or restart it, or run: virsh domfsthaw {domain}"
+    _virsh("domfsthaw", "--domain", domain, timeout=_AGENT_TIMEOUT, remedy=remedy)
 
 
 def suspend(domain: str) -> None:
@@ -199,6 +211,7 @@ __all__ = (
     "get_disk_size",
     "get_process_owner",
     "get_state",
+    "is_without_agent",
     "list_domains",
     "put_overlays",
     "resume",

@@ -78,7 +78,23 @@ def test_a_freeze_that_fails_halfway_is_thawed(libvirt: Libvirt, kept: journal.J
     assert effects(libvirt) == ["domfsfreeze", "domfsthaw"]
 
 
-def test_an_agent_that_hangs_costs_its_time_and_no_more(
+@pytest.mark.parametrize(
+    "said",
+    [
+        "argument unsupported: QEMU guest agent is not configured",
+        "Guest agent is not responding: QEMU guest agent is not connected",
+        "Guest agent is not responding: guest agent didn't respond to synchronization within '5' seconds",
+    ],
+)
+def test_where_no_agent_was_asked_nothing_is_to_be_thawed(libvirt: Libvirt, kept: journal.Journal, said: str) -> None:
+    libvirt.answer("domfsfreeze", error=said)
+    with guest(kept).quiesced() as consistency:
+        assert consistency == CRASH
+        assert kept.steps == []
+    assert effects(libvirt) == ["domfsfreeze"]
+
+
+def test_an_agent_that_hangs_amid_a_freeze_is_asked_again_when_the_snapshot_goes(
     libvirt: Libvirt, kept: journal.Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("domfsfreeze", "domfsthaw"):
@@ -87,6 +103,18 @@ def test_an_agent_that_hangs_costs_its_time_and_no_more(
     with guest(kept).quiesced() as consistency:
         assert consistency == CRASH
     assert effects(libvirt) == ["domfsfreeze", "domfsthaw"]
+    with pytest.raises(SnapshotError, match=rf"could be removed:.*no answer within.*virsh domfsthaw {UUID}"):
+        undo.release(kept, stand_still.KINDS)
+    libvirt.answer("domfsthaw", "Thawed 1 filesystem(s)\n")
+    assert undo.release(kept, stand_still.KINDS) == [f"the freeze of the file systems of {UUID}"]
+    assert kept.steps == []
+
+
+def test_of_a_killed_run_an_agent_that_is_gone_need_not_thaw(libvirt: Libvirt, kept: journal.Journal) -> None:
+    kept.add("frozen", domain=UUID)
+    libvirt.answer("domfsthaw", error="Guest agent is not responding: QEMU guest agent is not connected")
+    assert undo.release(kept, stand_still.KINDS) == []
+    assert kept.steps == []
 
 
 def test_a_thaw_that_fails_is_told_and_tried_again(libvirt: Libvirt, kept: journal.Journal) -> None:
