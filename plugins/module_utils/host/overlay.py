@@ -15,8 +15,9 @@ import typing as t
 from xml.etree import ElementTree
 
 from ..vma.errors import ToolError
+from ..vma.image import check_unused
 from ..vma.pending_file import target_errors
-from . import virsh
+from . import readers, virsh
 from .command import CommandError, run
 from .errors import SnapshotError
 from .journal import Fields
@@ -91,13 +92,49 @@ def _get_source(domain: str, target: str, *, running: bool) -> str | None:
     return None
 
 
+def _is_on_base(domain: str, overlay: str, base: str) -> bool:
+    """Whether libvirt has lost a guest that runs, which has the base open, and the overlay no more.
+
+    libvirt 7 does that when it is killed while the guest goes over to the base: it cannot read the state that it wrote.
+    To commit the overlay then, now or after the guest was shut off, would put old data over what it wrote since.
+    """
+    pid = virsh.get_process(ElementTree.fromstring(virsh.dump_xml(domain, inactive=True)).findtext("name", ""))
+    if pid is None:
+        return False
+    try:
+        return readers.opened_of(pid, (overlay, base)) == {base}
+    except OSError:
+        return False
+
+
+def _check_at_rest(domain: str, path: str) -> None:
+    """Raises: SnapshotError where a QEMU has the disk open although libvirt runs none for this domain."""
+    with target_errors(path):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        is_at_rest = check_unused(fd, to_write=True)
+    finally:
+        os.close(fd)
+    if not is_at_rest:
+        raise SnapshotError(
+            f"libvirt takes the domain {domain} for shut off, but a QEMU has its disk open: libvirt has lost a guest"
+            " that runs",
+            file=path,
+            remedy="Do not start the domain. Shut the guest down from within first.",
+        )
+
+
 def _commit_offline(domain: str, folder: str, overlay: str, base: Base) -> None:
-    run(
-        ["qemu-img", "commit", "-q", "-f", "qcow2", overlay],
-        purpose="to commit an overlay of a domain that is shut off",
-        timeout=_COMMIT_TIMEOUT,
-        remedy=f"Do not start the domain. The overlay {overlay} holds what the guest wrote last: commit it by hand.",
-    )
+    if not _is_on_base(domain, overlay, base.path):
+        for path in (overlay, base.path):
+            _check_at_rest(domain, path)
+        run(
+            ["qemu-img", "commit", "-q", "-f", "qcow2", overlay],
+            purpose="to commit an overlay of a domain that is shut off",
+            timeout=_COMMIT_TIMEOUT,
+            remedy="Do not start the domain. "
+            f"The overlay {overlay} holds what the guest wrote last: commit it by hand.",
+        )
     root = ElementTree.fromstring(virsh.dump_xml(domain, inactive=True, secrets=True))
     for disk in root.iterfind("./devices/disk"):
         source = disk.find("source")

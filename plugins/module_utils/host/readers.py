@@ -41,6 +41,13 @@ def has_open(pid: int, path: str) -> bool:
     return identity is not None and _has_open(str(pid), {identity}, {})
 
 
+def opened_of(pid: int, paths: t.Iterable[str]) -> set[str]:
+    """Those of some files and block devices that a process, which may be a running guest, has open. Raises: OSError."""
+    folder = f"/proc/{pid}/fd"
+    opened = {_identity(f"{folder}/{fd}") for fd in os.listdir(folder)} - {None}
+    return {path for path in paths if _identity(path) in opened}
+
+
 def _has_open(pid: str, wanted: set[_Identity], avoided: dict[str, set[str]]) -> bool:
     """C(avoided) keeps for each namespace of mounts those that must not be asked."""
     with contextlib.suppress(OSError):
@@ -94,4 +101,4 @@ def _identity(path: str) -> _Identity | None:
     return status.st_dev, status.st_ino, 0
 
 
-__all__ = ("has_open", "has_readers")
+__all__ = ("has_open", "has_readers", "opened_of")

@@ -186,15 +186,26 @@ def commit_overlay(domain: str, target: str) -> None:
     )
 
 
-def get_process_owner(name: str) -> int | None:
-    """The user as which the QEMU of the running domain called so runs; None where that cannot be found out."""
+def get_process(name: str) -> int | None:
+    """The number of the QEMU that libvirt began last for the domain called so; None where there is none any more."""
     for folder in ("/run/libvirt/qemu", "/var/run/libvirt/qemu"):
         try:
             with open(f"{folder}/{name}.pid", encoding="ascii") as file:
-                return os.stat(f"/proc/{int(file.read())}").st_uid
+                pid = int(file.read())
+            os.stat(f"/proc/{pid}")
         except (OSError, ValueError):
             continue
+        return pid
     return None
+
+
+def get_process_owner(name: str) -> int | None:
+    """The user as which the QEMU of the running domain called so runs; None where that cannot be found out."""
+    pid = get_process(name)
+    try:
+        return None if pid is None else os.stat(f"/proc/{pid}").st_uid
+    except OSError:
+        return None
 
 
 __all__ = (
@@ -209,6 +220,7 @@ __all__ = (
     "find_domain",
     "freeze",
     "get_disk_size",
+    "get_process",
     "get_process_owner",
     "get_state",
     "is_without_agent",

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ansible_collections.vmbackup.vma.plugins.module_utils.host import backup_job, journal, overlay, undo, view
+from ansible_collections.vmbackup.vma.plugins.module_utils.host import backup_job, journal, overlay, undo, view, virsh
 from ansible_collections.vmbackup.vma.plugins.module_utils.host import folder as run_folder
 from ansible_collections.vmbackup.vma.plugins.module_utils.host.domain import Domain
 from ansible_collections.vmbackup.vma.plugins.module_utils.host.errors import SnapshotError
@@ -121,6 +121,38 @@ def test_of_a_guest_that_was_shut_off_qemu_commits_it(site: Site, libvirt: Libvi
     assert graphics is not None
     assert graphics.get("passwd") == "open sesame"
     assert defined.find("{http://libvirt.org/schemas/domain/qemu/1.0}commandline") is not None
+
+
+@pytest.mark.parametrize("which", ["overlay", "base"])
+def test_a_guest_that_libvirt_has_lost_is_told_of_and_left_alone(
+    site: Site, libvirt: Libvirt, tmp_path: pathlib.Path, which: str
+) -> None:
+    libvirt.answer("domstate", "shut off (unknown)\n")
+    libvirt.answer("dumpxml", site.on_overlay)
+    disk: pathlib.Path = getattr(site, which)
+    before = disk.read_bytes()
+    with snapshots.written_by_qemu(disk, tmp_path), pytest.raises(SnapshotError, match="libvirt has lost") as caught:
+        UNDO(site.fields)
+    assert caught.value.file == str(disk)
+    assert "Do not start the domain" in str(caught.value)
+    assert disk.read_bytes() == before
+    assert site.overlay.exists()
+
+
+def test_a_guest_that_libvirt_has_lost_amid_its_way_to_the_base_keeps_what_it_wrote_since(
+    site: Site, libvirt: Libvirt, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    libvirt.answer("domstate", "shut off (unknown)\n")
+    libvirt.answer("dumpxml", site.on_overlay)
+    libvirt.script("define", f'cp "$2" {tmp_path}/defined.xml')
+    before = site.base.read_bytes()
+    with snapshots.written_by_qemu(site.base, tmp_path) as pid:
+        monkeypatch.setattr(virsh, "get_process", lambda _name: pid)
+        assert UNDO(site.fields) == f"the overlays of {UUID} on vda"
+    assert site.base.read_bytes() == before
+    assert not site.overlay.exists()
+    (source,) = ElementTree.parse(tmp_path / "defined.xml").getroot().iterfind("./devices/disk/source")
+    assert source.attrib == {"file": str(site.base)}
 
 
 def test_a_domain_that_is_gone_leaves_the_overlay_and_says_so(site: Site, libvirt: Libvirt) -> None:
