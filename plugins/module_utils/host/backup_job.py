@@ -84,6 +84,9 @@ def _describe(folder: str, targets: t.Sequence[str]) -> bytes:
 
 def _end(fields: Fields) -> str | None:
     domain = fields["domain"]
+    state = virsh.get_state(domain)
+    if state is not None and state.has_process:
+        virsh.settle(domain)
     if not _is_running(fields):
         return None
     virsh.abort_backup(domain)

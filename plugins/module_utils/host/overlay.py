@@ -56,6 +56,8 @@ def _commit(fields: Fields) -> str | None:
     """Bring the guest back to its own disks, whether it runs, was shut off meanwhile, or the host was rebooted."""
     domain = fields["domain"]
     state = virsh.get_state(domain)
+    if state is not None and state.has_process:
+        virsh.settle(domain)
     committed = []
     for target, (overlay, base, base_format) in fields["disks"].items():
         if not os.path.lexists(overlay):
@@ -64,10 +66,17 @@ def _commit(fields: Fields) -> str | None:
         if current == overlay and state is not None and state.has_process:
             virsh.abort_block_job(domain, target)
             virsh.commit_overlay(domain, target)
+            _check_left(domain, target, overlay, base)
             committed.append(target)
         elif current == overlay:
             _commit_offline(domain, fields["folder"], overlay, Base(base, base_format))
             committed.append(target)
+        elif current == base and overlay in _find_opened(domain, overlay):
+            raise SnapshotError(
+                f"libvirt says that the guest {domain} has the disk {base}, but its QEMU has our overlay on it open",
+                file=overlay,
+                remedy="It holds what the guest writes: shut the guest down from within, then qemu-img commit it.",
+            )
         elif current != base:
             raise SnapshotError(
                 f"the domain {domain} uses neither the disk {base} nor our overlay on it, but {current or 'is gone'}",
@@ -80,6 +89,17 @@ def _commit(fields: Fields) -> str | None:
     if state is not None and state.is_starved:
         virsh.resume(domain)
     return f"the overlays of {domain} on {', '.join(committed)}" if committed else None
+
+
+def _check_left(domain: str, target: str, overlay: str, base: str) -> None:
+    """Raises: SnapshotError where the guest did not go over to the disk that it had before the overlay."""
+    current = _get_source(domain, target, running=True)
+    if current != base:
+        raise SnapshotError(
+            f"the overlay of {domain} was committed, and its disk {target} is now {current}, not {base}",
+            file=overlay,
+            remedy=f"See virsh dumpxml {domain}, and remove the overlay when nothing uses it.",
+        )
 
 
 def _get_source(domain: str, target: str, *, running: bool) -> str | None:
@@ -98,13 +118,18 @@ def _is_on_base(domain: str, overlay: str, base: str) -> bool:
     libvirt 7 does that when it is killed while the guest goes over to the base: it cannot read the state that it wrote.
     To commit the overlay then, now or after the guest was shut off, would put old data over what it wrote since.
     """
+    return _find_opened(domain, overlay, base) == {base}
+
+
+def _find_opened(domain: str, *paths: str) -> set[str]:
+    """Those of some files that the QEMU of the domain has open, whatever libvirt knows of it."""
     pid = virsh.get_process(ElementTree.fromstring(virsh.dump_xml(domain, inactive=True)).findtext("name", ""))
     if pid is None:
-        return False
+        return set()
     try:
-        return readers.opened_of(pid, (overlay, base)) == {base}
+        return readers.opened_of(pid, paths)
     except OSError:
-        return False
+        return set()
 
 
 def _check_at_rest(domain: str, path: str) -> None:

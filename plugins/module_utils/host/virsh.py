@@ -181,9 +181,17 @@ def abort_block_job(domain: str, target: str) -> None:
 
 def commit_overlay(domain: str, target: str) -> None:
     """Write what an overlay holds into the file below, and let the guest go on with that. Raises: ToolError."""
-    _virsh(
-        "blockcommit", "--domain", domain, "--path", target, "--active", "--pivot", "--wait", timeout=_COMMIT_TIMEOUT
-    )
+    # Without --shallow libvirt commits into the lowest image of the chain, which other domains may share.
+    how = ("--shallow", "--active", "--pivot", "--wait")
+    _virsh("blockcommit", "--domain", domain, "--path", target, *how, timeout=_COMMIT_TIMEOUT)
+
+
+def settle(domain: str) -> None:
+    """Wait until libvirt has done with a running domain what it was asked for, by a virsh that is gone as well.
+
+    Raises: ToolError, where that takes more than libvirt's half a minute too.
+    """
+    _virsh("dommemstat", "--domain", domain)  # any question that libvirt answers only between two changes
 
 
 def get_process(name: str) -> int | None:
@@ -227,6 +235,7 @@ __all__ = (
     "list_domains",
     "put_overlays",
     "resume",
+    "settle",
     "suspend",
     "thaw",
 )

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import typing as t
 from xml.etree import ElementTree
@@ -18,6 +19,7 @@ from ansible_collections.vmbackup.vma.plugins.module_utils.host.domain import Do
 from ansible_collections.vmbackup.vma.plugins.module_utils.host.errors import SnapshotError
 from ansible_collections.vmbackup.vma.plugins.module_utils.host.libvirt import LibvirtDomain
 from ansible_collections.vmbackup.vma.plugins.module_utils.host.provider import CRASH, Disk
+from ansible_collections.vmbackup.vma.plugins.module_utils.vma import errors
 from ansible_collections.vmbackup.vma.tests.unit.plugins.module_utils.host import snapshots
 from ansible_collections.vmbackup.vma.tests.unit.plugins.module_utils.host.snapshots import UUID, Libvirt, libvirt
 
@@ -39,6 +41,13 @@ _XML = """<domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/
   <qemu:commandline><qemu:arg value='-S'/></qemu:commandline>
 </domain>
 """
+
+
+def pivots(libvirt: Libvirt, to: pathlib.Path) -> None:
+    """A commit lets the guest go over to a disk."""
+    after = libvirt.path("after")
+    after.write_text(xml(to), encoding="utf-8")
+    libvirt.script("blockcommit", f"cp {after} {libvirt.path('dumpxml')}")
 
 
 def xml(path: pathlib.Path | str, image_format: str = "raw", backing: str = "", password: str = "") -> str:
@@ -81,11 +90,36 @@ def kept(tmp_path: pathlib.Path) -> t.Iterator[journal.Journal]:
 def test_of_a_guest_that_runs_libvirt_commits_it(site: Site, libvirt: Libvirt) -> None:
     libvirt.answer("dumpxml", site.on_overlay)
     libvirt.answer("blockjob", error="No active block job 'vda'")
+    pivots(libvirt, site.base)
     assert UNDO(site.fields) == f"the overlays of {UUID} on vda"
     (line,) = libvirt.told("blockcommit")
-    assert line == f"blockcommit --domain {UUID} --path vda --active --pivot --wait"
+    assert line == f"blockcommit --domain {UUID} --path vda --shallow --active --pivot --wait"
     assert not site.overlay.exists()
     assert UNDO(site.fields) is None
+
+
+def test_a_commit_that_ends_on_another_disk_keeps_the_overlay(site: Site, libvirt: Libvirt) -> None:
+    libvirt.answer("dumpxml", site.on_overlay)
+    pivots(libvirt, site.base.with_name("golden.raw"))
+    with pytest.raises(SnapshotError, match=r"its disk vda is now .*golden\.raw, not .*disk\.raw"):
+        UNDO(site.fields)
+    assert site.overlay.exists()
+
+
+def test_an_overlay_that_libvirt_is_only_just_putting_on_stays(
+    site: Site, libvirt: Libvirt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    libvirt.answer("dumpxml", xml(site.base))
+    libvirt.answer("dommemstat", error="cannot acquire state change lock")
+    with pytest.raises(errors.ToolError, match="state change lock"):
+        UNDO(site.fields)
+    libvirt.answer("dommemstat")
+    monkeypatch.setattr(virsh, "get_process", lambda _name: os.getpid())
+    with site.overlay.open("rb"), pytest.raises(SnapshotError, match="its QEMU has our overlay on it open"):
+        UNDO(site.fields)
+    assert site.overlay.exists()
+    assert UNDO(site.fields) is None
+    assert not site.overlay.exists()
 
 
 def test_a_commit_that_fails_keeps_the_overlay(site: Site, libvirt: Libvirt, kept: journal.Journal) -> None:
@@ -181,6 +215,7 @@ def test_an_overlay_that_never_came_into_use_goes(site: Site, libvirt: Libvirt) 
 def test_a_guest_that_was_starved_goes_on(site: Site, libvirt: Libvirt) -> None:
     libvirt.answer("domstate", "paused (I/O error)\n")
     libvirt.answer("dumpxml", site.on_overlay)
+    pivots(libvirt, site.base)
     said = HEALTH(site.fields)
     assert said == f"the guest was paused, as a write failed: was {site.folder} full?"
     UNDO(site.fields)
@@ -246,6 +281,18 @@ def test_a_backup_job_that_fails_otherwise_is_an_error(
     assert libvirt.told("domjobabort", "snapshot-create-as") == []
 
 
+def test_a_lun_is_not_frozen_while_its_guest_runs(site: Site, libvirt: Libvirt, kept: journal.Journal) -> None:
+    libvirt.answer("domblkinfo", "Capacity: 1048576\nAllocation: 4096\n")
+    definition = xml("/dev/sdx").replace("type='file' device='disk'", "type='block' device='lun'")
+    definition = definition.replace("source file", "source dev")
+    domain = LibvirtDomain(Domain.parse(definition), {"vda": "scsi0"})
+    for attempt in (domain.plan, lambda: domain.freeze(snapshots.work_in(kept, site.folder.parent))):
+        with pytest.raises(errors.RequestError, match="vda of web is a LUN that is passed through"):
+            attempt()
+    assert libvirt.told("backup-begin", "snapshot-create-as") == []
+    assert kept.steps == []
+
+
 def test_another_programs_backup_job_is_never_ended(
     site: Site, libvirt: Libvirt, domain: LibvirtDomain, kept: journal.Journal
 ) -> None:
@@ -267,6 +314,10 @@ def test_our_own_backup_job_is_ended_and_a_starved_guest_goes_on(libvirt: Libvir
     assert kind.health(fields) is None
     libvirt.answer("domstate", "paused (I/O error)\n")
     assert kind.health(fields) == f"the guest was paused, as a write failed: was {folder} full?"
+    libvirt.answer("dommemstat", error="cannot acquire state change lock")
+    with pytest.raises(errors.ToolError, match="state change lock"):
+        kind.undo(fields)
+    libvirt.answer("dommemstat")
     gone = "echo 'error: no domain backup job present' >&2; exit 1"
     libvirt.script("domjobabort", f"echo \"{gone}\" > '{libvirt.script_path('backup-dumpxml')}'")
     assert kind.undo(fields) == f"the backup job of {UUID}"
