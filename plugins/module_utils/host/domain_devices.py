@@ -75,6 +75,11 @@ class Disk:
     ssd: bool = False
 
     @property
+    def has_data(self) -> bool:
+        """Whether it is more than a drive for removable media, or an empty one."""
+        return self.device in ("disk", "lun") and self.source is not None
+
+    @property
     def obstacle(self) -> str | None:
         """Why the disk has nothing that a backup could hold; None for one that is backed up."""
         if self.device not in ("disk", "lun"):

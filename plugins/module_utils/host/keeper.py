@@ -23,7 +23,7 @@ from ..vma.errors import VmaError
 from .errors import SnapshotError
 from .journal import Journal
 from .provider import StepKind
-from .readers import has_open, has_readers
+from .readers import end_readers, has_open, has_readers
 from .undo import find_trouble, release
 
 _HOLD, _READY = b"h", b"r"
@@ -143,7 +143,7 @@ def _keep(journal: Journal, kinds: t.Mapping[str, StepKind], limits: Limits, cha
         with contextlib.suppress(VmaError):
             journal.note(trouble=trouble)
     try:
-        release(journal, kinds)
+        _release(journal, kinds, by_force=trouble is not None)
     except VmaError as error:
         journal.note(trouble=str(error) if trouble is None else f"{trouble}; {error}")
     finally:
@@ -154,6 +154,23 @@ def _keep(journal: Journal, kinds: t.Mapping[str, StepKind], limits: Limits, cha
             journal.delete()  # nobody was ever told of this snapshot, so nobody will ask what became of it
         journal.close()
         channel.close()
+
+
+def _release(journal: Journal, kinds: t.Mapping[str, StepKind], *, by_force: bool) -> None:
+    """Undo everything. C(by_force) ends those who keep it from being undone by reading what is of no use any more.
+
+    Until they let go, what fills the guests' storage goes on to fill it.
+    """
+    try:
+        release(journal, kinds)
+    except VmaError:
+        if not (by_force and end_readers(_paths(journal))):
+            raise
+        release(journal, kinds)
+
+
+def _paths(journal: Journal) -> list[str]:
+    return [disk["path"] for disk in journal.notes.get("disks", [])]
 
 
 def _wait_until_ready(channel: socket.socket, held: list[int]) -> bool:
@@ -176,7 +193,7 @@ def _wait_until_ready(channel: socket.socket, held: list[int]) -> bool:
 
 def _watch(journal: Journal, kinds: t.Mapping[str, StepKind], limits: Limits, came: t.Sequence[int]) -> str | None:
     """Return when the snapshot is to go: None if it was asked for, else why. C(came) are the signals so far."""
-    paths = [disk["path"] for disk in journal.notes.get("disks", [])]
+    paths = _paths(journal)
     now = time.monotonic()
     deadline, last_used = now + limits.total, now
     while not came:

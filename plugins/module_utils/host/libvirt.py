@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import typing as t
 
 from ..vma.errors import RequestError
@@ -15,7 +14,7 @@ from . import backup_job, overlay, virsh
 from .domain import Disk as DomainDisk
 from .domain import Domain
 from .folder import make_folder
-from .locks import lock_image
+from .locks import keep_at_rest
 from .provider import CRASH, OFFLINE, Disk, Frozen, Provider, StepKind, Work
 from .view import can_view
 
@@ -53,6 +52,7 @@ class LibvirtDomain(Provider):
             disks.append(Disk(self._drives[disk.target], _location(disk), disk.format, size, allocated))
         if not runs:
             return Frozen(disks, _IN_PLACE, OFFLINE)
+        self._check_passed_through()
         return Frozen(disks, _BACKUP_JOB if can_view() else _OVERLAYS, CRASH)
 
     def freeze(self, work: Work) -> Frozen:
@@ -60,6 +60,7 @@ class LibvirtDomain(Provider):
         state = virsh.get_state(self._domain.uuid)
         if state is None or not state.has_process:
             return self._lock(work)
+        self._check_passed_through()
         folder = make_folder(work.journal, work.scratch, work.run_id, virsh.get_process_owner(self._domain.name))
         targets = [disk.target for disk in self._disks]
         if not can_view():
@@ -70,6 +71,16 @@ class LibvirtDomain(Provider):
         except backup_job.BackupUnsupportedError:
             return self._put_overlays(work, folder)
         return self._result(backup_job.open_views(work, folder, targets), _BACKUP_JOB, consistency)
+
+    def _check_passed_through(self) -> None:
+        """Raises: RequestError where the guest sends SCSI commands to a disk, past whatever QEMU puts before it."""
+        for disk in self._disks:
+            if disk.device == "lun":
+                raise RequestError(
+                    f"the disk {disk.target} of {self._domain.name} is a LUN that is passed through, which libvirt"
+                    " cannot snapshot while the guest runs",
+                    remedy="Use the provider of its storage, such as lvm, shut the guest down, or exclude the disk.",
+                )
 
     def _put_overlays(self, work: Work, folder: str) -> Frozen:
         bases = {}
@@ -99,11 +110,7 @@ class LibvirtDomain(Provider):
                         f"the disk {disk.target} of {self._domain.name}, which is off, is on {_location(disk)}",
                         remedy="Use the provider of its storage, such as rbd, or start the domain.",
                     )
-                fd = lock_image(disk.source.path)
-                try:
-                    work.hold(fd)
-                finally:
-                    os.close(fd)
+                keep_at_rest(work, disk.source.path)
                 image = Disk(self._drives[disk.target], disk.source.path, disk.format)
                 disks.append(self._measured(disk, image))
         return Frozen(disks, _IN_PLACE, OFFLINE)

@@ -11,9 +11,13 @@ import fcntl
 import os
 import stat
 import struct
+import typing as t
 
 from ..vma.errors import SourceError
 from ..vma.image import check_unused
+from .journal import Fields
+from .provider import StepKind, Work
+from .readers import find_writer
 
 _FLOCK = struct.Struct("hhqqi4x")
 _READS, _FORBIDS_WRITING, _FORBIDS_RESIZING = 100, 201, 203
@@ -45,10 +49,38 @@ def lock_image(path: str) -> int:
             raise SourceError(
                 "a running VM writes to this image", file=path, remedy="Take a snapshot of it, or stop the VM."
             )
+        writer = find_writer([path]) if stat.S_ISBLK(os.fstat(fd).st_mode) else None
+        if writer is not None:
+            raise SourceError(
+                f"the process {writer[1]} has this device open for writing",
+                file=path,
+                remedy="Take a snapshot of it, or stop the VM or the process.",
+            )
     except BaseException:
         os.close(fd)
         raise
     return fd
 
 
-__all__ = ("lock_image",)
+def keep_at_rest(work: Work, path: str) -> None:
+    """Hold the locks of an image, and watch it where they do not hold, until the snapshot is let go.
+
+    Raises: SourceError where somebody writes to it.
+    """
+    fd = lock_image(path)
+    try:
+        if stat.S_ISBLK(os.fstat(fd).st_mode):
+            work.journal.add("at-rest", path=path)
+        work.hold(fd)
+    finally:
+        os.close(fd)
+
+
+def _find_trouble(fields: Fields) -> str | None:
+    found = find_writer([fields["path"]])
+    return None if found is None else f"the process {found[1]} opened {found[0]} for writing while it was read in place"
+
+
+KINDS: t.Mapping[str, StepKind] = {"at-rest": StepKind(undo=lambda _fields: None, health=_find_trouble)}
+
+__all__ = ("KINDS", "keep_at_rest", "lock_image")

@@ -23,7 +23,7 @@ from .command import run
 from .errors import SnapshotError
 from .headroom import check_room, format_mib, required_room
 from .journal import Fields
-from .provider import CRASH, MARK, OFFLINE, Disk, Frozen, Provider, StepKind, Work
+from .provider import CRASH, MARK, OFFLINE, Disk, Frozen, Provider, StepKind, Work, consistency_of
 
 _PURPOSE = "for snapshots of LVM volumes"
 _METHOD = "LVM snapshot"
@@ -222,7 +222,7 @@ class LvmVolumes(Provider):
             if any(still[volume.location].is_open for volume in volumes):
                 raise SnapshotError("a volume was opened while the volumes were being frozen", remedy="Run it again.")
         paths = [f"/dev/{volume.group}/{name}" for volume, name in zip(volumes, names)]
-        return self._result(paths, volumes, reached if is_used else OFFLINE)
+        return self._result(paths, volumes, consistency_of(reached, len(volumes), is_used=is_used))
 
     def _look(self) -> tuple[list[Volume], dict[_Location, int]]:
         """The volumes of the disks, and how large the thick snapshots become."""

@@ -134,14 +134,24 @@ class Machine:
 
 
 def _wanted_drives(domain: Domain, request: Request) -> dict[str, str]:
-    """Drive to target device, of the disks that a backup holds and that are not excluded."""
+    """Drive to target device, of the disks that a backup holds and that are not excluded.
+
+    Raises: RequestError where the guest has data on another disk, which nobody else can read, and it is not excluded.
+    """
     drives = {drive: disk.target for drive, disk in assign(domain.disks).items() if disk.device != "cdrom"}
-    unknown = sorted(set(request.exclude) - set(drives) - set(drives.values()) - {NVRAM_DRIVE, TPM_DRIVE})
+    unreadable = {disk.target: disk.obstacle for disk in domain.disks if disk.has_data and disk.obstacle is not None}
+    known = {*drives, *drives.values(), *unreadable, NVRAM_DRIVE, TPM_DRIVE}
+    unknown = sorted(set(request.exclude) - known)
     if unknown:
         raise RequestError(
             f"{request.name} has no disk {', '.join(unknown)} that could be excluded",
             remedy="Its disks are " + ", ".join(f"{drive} ({target})" for drive, target in drives.items()) + ".",
         )
+    for target, obstacle in unreadable.items():
+        if target not in request.exclude and not request.disks:
+            raise RequestError(
+                f"the disk {target} of {request.name} cannot be backed up: {obstacle}", remedy="Exclude it."
+            )
     return {
         drive: target
         for drive, target in drives.items()

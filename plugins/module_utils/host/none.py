@@ -12,7 +12,7 @@ import stat
 import typing as t
 
 from ..vma.errors import SourceError
-from .locks import lock_image
+from .locks import keep_at_rest, lock_image
 from .provider import OFFLINE, Disk, Frozen, Provider, Work
 
 
@@ -35,11 +35,7 @@ class AtRest(Provider):
     def freeze(self, work: Work) -> Frozen:
         """See Provider."""
         for disk in self._disks:
-            fd = lock_image(disk.path)
-            try:
-                work.hold(fd)
-            finally:
-                os.close(fd)
+            keep_at_rest(work, disk.path)
         return Frozen([measured(disk) for disk in self._disks], self._METHOD, OFFLINE)
 
 

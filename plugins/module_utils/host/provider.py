@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import typing as t
 
+from .errors import SnapshotError
 from .journal import Fields, Journal
 
 MARK = "vmbackup-vma"
@@ -18,6 +19,21 @@ MARK = "vmbackup-vma"
 
 APPLICATION, CRASH, OFFLINE = "application", "crash", "offline"
 """How consistent frozen disks are: the guest's file systems were quiesced; as after a power failure; the VM is off."""
+
+
+def consistency_of(reached: str, count: int, *, is_used: bool) -> str:
+    """How consistent so many volumes are that were frozen one after another, while the guest stood still as told.
+
+    C(is_used) says that somebody, on any host, writes to them. Raises: SnapshotError where that is not the guest.
+    """
+    if not is_used:
+        return OFFLINE
+    if reached == OFFLINE and count > 1:
+        raise SnapshotError(
+            f"the VM is shut off here, and yet its {count} volumes are in use: they cannot be frozen at one instant",
+            remedy="Back the VM up on the host where it runs, or end whoever uses the volumes.",
+        )
+    return CRASH if reached == OFFLINE else reached
 
 
 def device_name(drive: str) -> str:
@@ -131,5 +147,6 @@ __all__ = (
     "StandStill",
     "StepKind",
     "Work",
+    "consistency_of",
     "device_name",
 )

@@ -23,7 +23,7 @@ from .command import CommandError, run
 from .errors import SnapshotError
 from .folder import make_folder
 from .journal import Fields
-from .provider import CRASH, MARK, OFFLINE, Disk, Frozen, Provider, StepKind, Work
+from .provider import CRASH, MARK, OFFLINE, Disk, Frozen, Provider, StepKind, Work, consistency_of
 from .view import open_view
 
 _PURPOSE = "for snapshots of Ceph RBD images"
@@ -140,7 +140,7 @@ class RbdImages(Provider):
             view = os.path.join(folder, f"image{number}")
             open_view(work.journal, location.as_node(snapshot), view)
             frozen.append(dataclasses.replace(disk, path=view))
-        return Frozen(frozen, _METHOD, reached if is_used else OFFLINE)
+        return Frozen(frozen, _METHOD, consistency_of(reached, len(disks), is_used=is_used))
 
     def _is_used(self) -> bool:
         """Whether anybody, on any host, has one of the images open for writing."""

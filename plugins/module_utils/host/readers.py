@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import stat
+import time
 import typing as t
 
 _GUESTS = ("qemu-system", "qemu-kvm", "kvm")
 """How the processes are called that run guests: these have images open without reading a snapshot."""
+
+_POLL = 0.1
 
 
 _REMOTE = ("nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "afs")
@@ -48,8 +52,59 @@ def opened_of(pid: int, paths: t.Iterable[str]) -> set[str]:
     return {path for path in paths if _identity(path) in opened}
 
 
+def find_writer(paths: t.Sequence[str]) -> tuple[str, int] | None:
+    """One of some block devices that another process, such as a guest, has open for writing, and the process.
+
+    Locks do not tell: they belong to the node in /dev, and guests have a /dev of their own.
+    """
+    wanted = {identity: path for path in paths if (identity := _identity(path)) is not None}
+    avoided: dict[str, set[str]] = {}
+    for pid in os.listdir("/proc"):
+        if pid.isdigit() and int(pid) != os.getpid():
+            for fd, identity in _find_open(pid, set(wanted), avoided):
+                if _is_writable(pid, fd):
+                    return wanted[identity], int(pid)
+    return None
+
+
+def end_readers(paths: t.Sequence[str], timeout: float = 30.0) -> bool:
+    """Ask those to end that has_readers() tells of, and wait. Whether there were some, and all have let go."""
+    wanted = {identity for identity in map(_identity, paths) if identity is not None}
+    avoided: dict[str, set[str]] = {}
+    mine = (1, os.getpid())
+    pids = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and _has_open(pid, wanted, avoided)]
+    pids = [pid for pid in pids if pid not in mine]
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + timeout
+    while any(_has_open(str(pid), wanted, avoided) for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL)
+    return bool(pids)
+
+
+def _is_writable(pid: str, fd: str) -> bool:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/fdinfo/{fd}", encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            key, _colon, value = line.partition(":")
+            if key == "flags":
+                return int(value, 8) & os.O_ACCMODE != os.O_RDONLY
+    return False
+
+
 def _has_open(pid: str, wanted: set[_Identity], avoided: dict[str, set[str]]) -> bool:
-    """C(avoided) keeps for each namespace of mounts those that must not be asked."""
+    with contextlib.suppress(OSError):
+        for _fd, _what in _find_open(pid, wanted, avoided):
+            with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as comm:
+                return not comm.read().startswith(_GUESTS)
+    return False
+
+
+def _find_open(pid: str, wanted: set[_Identity], avoided: dict[str, set[str]]) -> t.Iterator[tuple[str, _Identity]]:
+    """The descriptors of a process that are of something wanted. C(avoided) keeps for each namespace of mounts those
+    that must not be asked."""
     with contextlib.suppress(OSError):
         folder = f"/proc/{pid}/fd"
         namespace = os.readlink(f"/proc/{pid}/ns/mnt")
@@ -59,10 +114,9 @@ def _has_open(pid: str, wanted: set[_Identity], avoided: dict[str, set[str]]) ->
         for fd in os.listdir(folder):
             if mounts and _mount_of(pid, fd) in mounts:
                 continue
-            if _identity(f"{folder}/{fd}") in wanted:
-                with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as comm:
-                    return not comm.read().startswith(_GUESTS)
-    return False
+            identity = _identity(f"{folder}/{fd}")
+            if identity is not None and identity in wanted:
+                yield fd, identity
 
 
 def _mounts_to_avoid(pid: str, wanted: set[_Identity]) -> set[str]:
@@ -101,4 +155,4 @@ def _identity(path: str) -> _Identity | None:
     return status.st_dev, status.st_ino, 0
 
 
-__all__ = ("has_open", "has_readers", "opened_of")
+__all__ = ("end_readers", "find_writer", "has_open", "has_readers", "opened_of")

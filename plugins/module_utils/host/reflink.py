@@ -27,7 +27,7 @@ from .errors import SnapshotError
 from .headroom import check_room
 from .journal import Fields
 from .none import measured
-from .provider import CRASH, MARK, OFFLINE, Disk, Frozen, Provider, StepKind, Work
+from .provider import CRASH, MARK, OFFLINE, Disk, Frozen, Provider, StepKind, Work, consistency_of
 from .scratch_space import find_shortage
 
 _METHOD = "reflink copy"
@@ -75,7 +75,7 @@ class ReflinkCopies(Provider):
         if not is_used and self._is_used():
             raise SnapshotError("an image was opened while the images were being frozen", remedy="Run it again.")
         frozen = [dataclasses.replace(disk, path=copy) for disk, copy in zip(disks, copies)]
-        return Frozen(frozen, _METHOD, reached if is_used else OFFLINE)
+        return Frozen(frozen, _METHOD, consistency_of(reached, len(disks), is_used=is_used))
 
     def _is_used(self) -> bool:
         return any(_is_written(disk.path) for disk in self._disks)
@@ -167,6 +167,8 @@ def _remove(fields: Fields) -> str | None:
     if not _OURS.fullmatch(os.path.basename(path)):
         raise SnapshotError("this name is not one that we give", file=path, remedy="Look whose file it is.")
     try:
+        # Else it takes up room until nobody reads it any more
+        os.close(os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC))
         os.unlink(path)
     except FileNotFoundError:
         return None

@@ -17,7 +17,7 @@ import secrets
 import time
 
 from ..vma.errors import BusyError, VmaError
-from . import folder, stand_still, view
+from . import folder, locks, stand_still, view
 from .errors import SnapshotError
 from .folder import make_folder
 from .guest_config import GuestConfig
@@ -32,7 +32,13 @@ from .tpm import DRIVE as TPM_DRIVE
 from .tpm import copy_tpm
 from .undo import release
 
-KINDS: dict[str, StepKind] = {**folder.KINDS, **view.KINDS, **stand_still.KINDS, **LibvirtDomain.kinds}
+KINDS: dict[str, StepKind] = {
+    **folder.KINDS,
+    **view.KINDS,
+    **stand_still.KINDS,
+    **locks.KINDS,
+    **LibvirtDomain.kinds,
+}
 for _provider in STORAGES.values():
     KINDS.update(_provider.kinds)
 
@@ -90,6 +96,8 @@ def freeze_disks(request: Request) -> Snapshot:
         try:
             guest = Guest(request.name, machine.uuid, request.quiesce, journal)
             work = Work(journal, run_id, os.path.abspath(request.scratch), guest.standing_still, keeper.hold)
+            if machine.provider.name != LibvirtDomain.name:
+                guest.watch()
             frozen = machine.provider.freeze(work)
             frozen = dataclasses.replace(frozen, disks=[*frozen.disks, *_copy_small_state(machine, work)])
             config = machine.configure(frozen.disks)

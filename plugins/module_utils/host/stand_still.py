@@ -32,6 +32,14 @@ class Guest:
         self._quiesce = quiesce
         self._journal = journal
 
+    def watch(self) -> None:
+        """Let the guest go on at the end where a write failed meanwhile, as the snapshot took the storage's last room.
+
+        The libvirt provider's own steps do that. To be called before the storage is touched, so as to be undone after.
+        """
+        if self._state is not None and self._state.has_process and not self._state.is_starved:
+            self._journal.add("guest", domain=self._domain)
+
     @contextlib.contextmanager
     def quiesced(self) -> t.Iterator[str]:
         """The agent keeps the guest's file systems frozen, as far as asked for; the value is the consistency.
@@ -126,6 +134,27 @@ def _go_on(fields: Fields) -> str | None:
     return f"the pause of {fields['domain']}"
 
 
-KINDS: t.Mapping[str, StepKind] = {"frozen": StepKind(undo=_thaw), "paused": StepKind(undo=_go_on)}
+def _feed(fields: Fields) -> str | None:
+    state = virsh.get_state(fields["domain"])
+    if state is not None and state.is_starved:
+        virsh.resume(fields["domain"])
+    return None
+
+
+def _find_hunger(fields: Fields) -> str | None:
+    try:
+        state = virsh.get_state(fields["domain"])
+    except ToolError:
+        return None  # libvirt may be restarting
+    if state is not None and state.is_starved:
+        return "the guest was paused, as a write failed: is its storage full?"
+    return None
+
+
+KINDS: t.Mapping[str, StepKind] = {
+    "frozen": StepKind(undo=_thaw),
+    "guest": StepKind(undo=_feed, health=_find_hunger),
+    "paused": StepKind(undo=_go_on),
+}
 
 __all__ = ("KINDS", "QUIESCE", "Guest")

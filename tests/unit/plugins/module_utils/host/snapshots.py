@@ -24,6 +24,7 @@ import pytest
 from ansible_collections.vmbackup.vma.plugins.module_utils.host.errors import SnapshotError
 from ansible_collections.vmbackup.vma.plugins.module_utils.host.journal import Fields, Journal, lock_journal
 from ansible_collections.vmbackup.vma.plugins.module_utils.host.provider import CRASH, StepKind, Work
+from ansible_collections.vmbackup.vma.plugins.module_utils.host.readers import has_readers
 from ansible_collections.vmbackup.vma.tests.unit.plugins.module_utils.vma.helpers import need_tool
 
 SECONDS = 60.0
@@ -82,6 +83,12 @@ def _refuse(fields: Fields) -> str | None:
     return None
 
 
+def _let_go(fields: Fields) -> str | None:
+    if has_readers([fields["path"]]):
+        raise SnapshotError(f"{fields['path']} is in use")
+    return None
+
+
 def _crash(fields: Fields) -> str | None:
     return f"{fields['no such field']}"
 
@@ -90,9 +97,11 @@ KINDS: dict[str, StepKind] = {
     "file": StepKind(undo=_remove_file, health=_is_sick),
     "ground": StepKind(undo=_remove_file, is_ground=True),
     "stubborn": StepKind(undo=_refuse),
+    "busy": StepKind(undo=_let_go),
     "buggy": StepKind(undo=_crash, health=_crash),
 }
-"""C(file) is undone by removing it, and sick when it is gone; C(stubborn) cannot be undone while its file is there."""
+"""C(file) is undone by removing it, and sick when it is gone; C(stubborn) cannot be undone while its file is there, and
+C(busy) while somebody reads it."""
 
 
 @contextlib.contextmanager

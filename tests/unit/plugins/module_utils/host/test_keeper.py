@@ -182,6 +182,22 @@ def test_trouble_ends_it(site: Site) -> None:
     assert site.notes["trouble"] == f"the file {site.effect} is gone"
 
 
+def test_who_reads_on_after_trouble_came_is_ended(site: Site) -> None:
+    with snapshots.open_journal(pathlib.Path(site.journals)) as kept:
+        started = keeper.start_keeper(kept, snapshots.KINDS, LONG)
+        snapshots.make_file(kept, site.effect)
+        kept.add("busy", path=str(site.disk))
+        kept.note(ready=True, disks=[{"path": str(site.disk)}])
+        started.ready()
+    with site.disk.open("rb") as disk:
+        reader = subprocess.Popen(["sleep", "60"], stdin=disk)
+    site.effect.unlink()
+    site.wait_for_end()
+    assert reader.wait(snapshots.SECONDS) == -signal.SIGTERM
+    assert journal.read_journal("web", site.journals)[0] == []
+    assert site.notes["trouble"] == f"the file {site.effect} is gone"
+
+
 def test_trouble_just_before_it_is_asked_is_told(site: Site) -> None:
     site.start().wait()
     lock = journal.find_lock("web", site.journals)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import os
 import pathlib
+import stat
+import subprocess
 
 import pytest
 
 from ansible_collections.vmbackup.vma.plugins.module_utils.host import locks, readers
+from ansible_collections.vmbackup.vma.plugins.module_utils.host.provider import Work
 from ansible_collections.vmbackup.vma.plugins.module_utils.vma import create, errors
 from ansible_collections.vmbackup.vma.tests.unit.plugins.module_utils.host import snapshots
 from ansible_collections.vmbackup.vma.tests.unit.plugins.module_utils.vma.conftest import MakeLoop, make_loop
@@ -75,3 +78,22 @@ def test_what_is_no_disk_is_refused(tmp_path: pathlib.Path) -> None:
     for name, said in (("missing", "No such file"), ("", "expected a file or a block device"), ("fifo", "expected")):
         with pytest.raises(errors.SourceError, match=said):
             locks.lock_image(str(tmp_path / name))
+
+
+def test_a_block_device_that_a_guest_knows_by_another_node(make_loop: MakeLoop, tmp_path: pathlib.Path) -> None:
+    device, node = make_loop(1 << 20), tmp_path / "node"
+    os.mknod(node, 0o600 | stat.S_IFBLK, os.stat(device).st_rdev)
+    with snapshots.open_journal(tmp_path / "journals") as kept:
+        work = Work(kept, "0badcafe", str(tmp_path), snapshots.stand_still, lambda _fd: None)
+        locks.keep_at_rest(work, device)
+        (step,) = kept.steps
+        health = locks.KINDS[step.kind].health
+        assert health(step.fields) is None
+        with node.open("r+b") as opened, subprocess.Popen(["sleep", "60"], stdin=opened) as writer:
+            assert str(health(step.fields)).endswith(f"opened {device} for writing while it was read in place")
+            with pytest.raises(errors.SourceError, match="has this device open for writing") as caught:
+                locks.lock_image(device)
+            assert caught.value.file == device
+            writer.kill()
+        assert health(step.fields) is None
+        assert locks.KINDS[step.kind].undo(step.fields) is None

@@ -12,6 +12,7 @@ import typing as t
 
 import pytest
 
+from ansible_collections.vmbackup.vma.plugins.module_utils.host.journal import Step
 from ansible_collections.vmbackup.vma.plugins.module_utils.host.none import AtRest
 from ansible_collections.vmbackup.vma.plugins.module_utils.host.provider import OFFLINE, Disk, Frozen, Work
 from ansible_collections.vmbackup.vma.plugins.module_utils.vma import errors
@@ -64,7 +65,7 @@ def test_they_are_read_in_place_and_held(
     assert len(work[1]) == 3
     assert "lock" in snapshots.write_by_qemu(raw)
     assert "lock" in snapshots.write_by_qemu(qcow2, "qcow2")
-    assert work[0].journal.steps == []
+    assert work[0].journal.steps == [Step("at-rest", {"path": device})]
 
 
 def test_one_that_a_vm_writes_to_is_refused(

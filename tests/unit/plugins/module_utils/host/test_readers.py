@@ -130,3 +130,10 @@ def test_what_is_not_there_has_none(tmp_path: pathlib.Path) -> None:
     assert not readers.has_readers([])
     assert not readers.has_readers([str(tmp_path / "missing")])
     assert not readers.has_open(os.getpid(), str(tmp_path / "missing"))
+
+
+def test_those_who_read_are_asked_to_end(file: str) -> None:
+    assert not readers.end_readers([file])
+    with opened(file) as pid:
+        assert readers.end_readers([file])
+        assert not snapshots.lives(pid)

@@ -15,7 +15,14 @@ import typing as t
 
 import pytest
 
-from ansible_collections.vmbackup.vma.plugins.module_utils.host import folder, journal, snapshot, stand_still, view
+from ansible_collections.vmbackup.vma.plugins.module_utils.host import (
+    folder,
+    journal,
+    locks,
+    snapshot,
+    stand_still,
+    view,
+)
 from ansible_collections.vmbackup.vma.plugins.module_utils.host.errors import SnapshotError
 from ansible_collections.vmbackup.vma.plugins.module_utils.host.keeper import Limits
 from ansible_collections.vmbackup.vma.plugins.module_utils.host.libvirt import LibvirtDomain
@@ -23,7 +30,7 @@ from ansible_collections.vmbackup.vma.plugins.module_utils.host.machine import S
 from ansible_collections.vmbackup.vma.plugins.module_utils.host.provider import OFFLINE, Disk
 from ansible_collections.vmbackup.vma.plugins.module_utils.host.reflink import ReflinkCopies
 from ansible_collections.vmbackup.vma.plugins.module_utils.vma import errors
-from ansible_collections.vmbackup.vma.tests.unit.plugins.module_utils.host import snapshots
+from ansible_collections.vmbackup.vma.tests.unit.plugins.module_utils.host import domains, snapshots
 from ansible_collections.vmbackup.vma.tests.unit.plugins.module_utils.host.snapshots import Libvirt, libvirt
 from ansible_collections.vmbackup.vma.tests.unit.plugins.module_utils.vma.conftest import reflinks
 
@@ -242,8 +249,9 @@ def test_an_overlay_that_a_killed_run_left_is_not_taken_for_the_disk(
         "<driver name='qemu' type='raw'/><source file='$disk'/><target dev='vda' bus='virtio'/></disk>"
         "</devices></domain>"
     )
-    disk = f'disk={site.disk}; if [ -e {overlay} ]; then disk={overlay}; fi; echo "{definition}"'
-    libvirt.script("dumpxml", disk)
+    is_on_overlay = f"[ -e {overlay} ] && [ ! -e {tmp_path}/committed ]"
+    libvirt.script("dumpxml", f'disk={site.disk}; if {is_on_overlay}; then disk={overlay}; fi; echo "{definition}"')
+    libvirt.script("blockcommit", f"touch {tmp_path}/committed")
     libvirt.answer("list", f"{snapshots.UUID} web\n")
     libvirt.answer("domblkinfo", "Capacity: 1048576\nAllocation: 4096\n")
     libvirt.answer("backup-begin", error="unknown command: 'backup-begin'")
@@ -262,8 +270,35 @@ def test_a_vm_of_which_nothing_is_known(site: Site) -> None:
         site.freeze(provider="auto", disks=(Disk("scsi0", "/dev/null"),))
 
 
+def test_a_disk_that_its_guest_alone_can_read_is_refused_and_not_left_out(site: Site, libvirt: Libvirt) -> None:
+    nvme = "<disk type='nvme' device='disk'><source type='pci' namespace='1'/><target dev='vdz' bus='virtio'/></disk>"
+    libvirt.answer("list", f"{snapshots.UUID} web\n")
+    libvirt.answer("dumpxml", domains.DEBIAN.replace("<devices>", f"<devices>{nvme}"))
+    libvirt.answer("domblkinfo", "Capacity: 1048576\nAllocation: 4096\n")
+    request = dataclasses.replace(site.request, provider="auto", disks=())
+    with pytest.raises(errors.RequestError, match="the disk vdz of web cannot be backed up: its source of type nvme"):
+        snapshot.plan(request)
+    planned = snapshot.plan(dataclasses.replace(request, exclude=("vdz",)))
+    assert planned.frozen.disks
+    assert planned.config is not None
+    assert any("vdz" in sentence for sentence in planned.config.unmapped)
+
+
+def test_the_storage_of_a_guest_that_runs_is_given_back_and_then_the_guest_goes_on(
+    site: Site, libvirt: Libvirt
+) -> None:
+    libvirt.answer("list", f"{snapshots.UUID} web\n")
+    libvirt.answer("dumpxml", domains.DEBIAN)
+    frozen = site.freeze(provider="none", disks=(Disk("virtio0", str(site.disk)),))
+    libvirt.answer("domstate", "paused (I/O error)\n")
+    snapshots.wait_for(lambda: site.notes["pid"] is None)
+    released = site.let_go(frozen.id)
+    assert released.trouble == "the guest was paused, as a write failed: is its storage full?"
+    assert len(libvirt.told("resume")) == 1
+
+
 def test_no_two_providers_have_a_kind_of_step_in_common() -> None:
-    kinds = [folder.KINDS, view.KINDS, stand_still.KINDS, LibvirtDomain.kinds]
+    kinds = [folder.KINDS, view.KINDS, stand_still.KINDS, locks.KINDS, LibvirtDomain.kinds]
     kinds += [provider.kinds for provider in STORAGES.values()]
     names = [name for each in kinds for name in each]
     assert sorted(names) == sorted(set(names)) == sorted(snapshot.KINDS)
