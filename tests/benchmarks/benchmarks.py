@@ -358,7 +358,6 @@ def compressed_rows(bench: Bench) -> None:
         tools.append(("gz", GIB // 2, "pigz -6 -c", "pigz -6", "pigz -d -c", "pigz -d"))
     for ending, size, pack, pack_name, unpack, unpack_name in tools:
         make_system_image(image, size)
-        _remove([plain])
         bench.codec(f"make({str(plain)!r}, {str(image)!r})\ntell()")
         archive = folder / f"c.vma.{ending}"
         bench.compare(
@@ -368,8 +367,8 @@ def compressed_rows(bench: Bench) -> None:
             f"{pack_name} of the plain archive",
             1.25,
         )
-        result.unlink()
         note = f"{os.path.getsize(plain) / os.path.getsize(archive):.2f} to 1"
+        _remove([result, plain, image])
         bench.compare(
             f"extract .vma.{ending}, digests checked",
             bench.ours(f"restore({str(archive)!r}, {str(out)!r})", out),
@@ -378,7 +377,6 @@ def compressed_rows(bench: Bench) -> None:
             1.5,
         )
         _remove([archive, out])
-    _remove([image, plain])
 
 
 def large_rows(bench: Bench) -> None:
