@@ -117,6 +117,7 @@ options:
     description:
       - A regular expression of Python that the serial console has to show. C(^) and C($) stand for the ends of lines.
         Colours and other control sequences are removed before.
+      - One that matches even an empty text, as V(.*) and an empty one do, is refused, as any output would be it.
       - The guest has to write on its first serial port; Linux does so with C(console=ttyS0) on its command line.
       - All signs of life that are asked for have to come. If none is asked for, this one is V(login:).
     type: str

@@ -21,6 +21,8 @@ BUSES = ("ide", "scsi", "virtio", "sata")
 """The buses of drives, in the order in which Proxmox VE looks for a drive to boot from."""
 _SETTING = re.compile(r"([a-z][a-z_]*[0-9]*):\s*(\S.*)")
 _DRIVE = re.compile(rf"({'|'.join(BUSES)})([0-9]+)")
+_OWNER = re.compile(rf"{_DRIVE.pattern}|efidisk0|tpmstate0")
+"""What a device of an archive can belong to."""
 _DEVICE = re.compile(r"drive-([a-z]+[0-9]+)(?:-backup)?")
 _VMSTATE = "vmstate"
 _TRUE = ("1", "yes", "on", "true")
@@ -87,8 +89,8 @@ class Guest:
 def parse(text: str, devices: t.Iterable[str]) -> Guest:
     """The VM of a C(qemu-server.conf), which may be empty, and of the C(devices) of the archive.
 
-    A device without a map line belongs to the drive that its name tells, C(drive-scsi0) to C(scsi0), and else to the
-    next free drive on C(virtio).
+    A device without a map line to a drive that there can be belongs to the drive that its name tells, C(drive-scsi0)
+    to C(scsi0), and else to the next free drive on C(virtio).
     """
     return _Parser(text, [device for device in devices if device != _VMSTATE]).parse()
 
@@ -143,11 +145,17 @@ class _Parser:
 
     def _assign(self, devices: t.Sequence[str]) -> dict[str, str]:
         """The archive's device of each drive."""
-        mapped = {disk["device"]: disk["drive"] for disk in self._vm["disks"] if "device" in disk}
+        mapped = {
+            disk["device"]: disk["drive"]
+            for disk in self._vm["disks"]
+            if "device" in disk and _OWNER.fullmatch(disk["drive"])
+        }
         assigned = {mapped[device]: device for device in devices if device in mapped}
         for device in devices:
             match = _DEVICE.fullmatch(device)
-            if device not in mapped and match is not None and match[1] not in assigned:
+            if device in mapped or match is None or not _OWNER.fullmatch(match[1]):
+                continue
+            if match[1] not in assigned:
                 assigned[match[1]] = device
         for device in devices:
             if device not in assigned.values():

@@ -44,7 +44,7 @@ class ConsoleSign:
     name = "expect"
 
     def __init__(self, console: Console, pattern: str) -> None:
-        """Raises: RequestError for a pattern that is no regular expression."""
+        """Raises: RequestError for a pattern that cannot be a sign."""
         self._console = console
         self._pattern = compile_pattern(pattern)
         self._found: re.Match[str] | None = None
@@ -78,14 +78,23 @@ class ConsoleSign:
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """The pattern; C(^) and C($) are the ends of lines. Raises: RequestError."""
+    """The pattern; C(^) and C($) are the ends of lines.
+
+    Raises: RequestError for what is no regular expression, and for one that proves nothing.
+    """
     try:
-        return re.compile(pattern, re.MULTILINE)
+        compiled = re.compile(pattern, re.MULTILINE)
     except re.error as error:
         raise RequestError(
             f"expected a regular expression, got {pattern}: {error}",
             remedy="Put a backslash before a character such as ( that is meant as it is.",
         ) from error
+    if compiled.search(""):
+        raise RequestError(
+            f"the pattern '{pattern}' matches even an empty text, so any output of any guest would be its sign of life",
+            remedy="Give one that needs at least one character which only a guest that is up prints, such as login:",
+        )
+    return compiled
 
 
 class AgentSign:

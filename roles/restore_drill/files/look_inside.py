@@ -31,6 +31,26 @@ CONTAINERS: dict[str, str] = {
     "BitLocker": "encrypted data",
 }
 """What holds file systems and is not opened."""
+NESTED = ("bsd", "solaris_x86")
+"""Tables of partitions within a partition, which are not opened either."""
+WITHOUT_FILES = frozenset(
+    (
+        # Of a DOS table: extended ones, which hold others, and swap, PReP, and what is marked as no file system
+        *("5", "f", "85", "82", "41", "da"),
+        "21686148-6449-6E6F-744E-656564454649",  # BIOS boot
+        "E3C9E316-0B5C-4DB8-817D-F92DF00215AE",  # reserved by Microsoft
+        "5808C8AA-7E8F-42E0-85D2-E1E90434CFB3",  # Microsoft's metadata of dynamic disks
+        "9E1A2D38-C612-4316-AA26-8B49521E5A8B",  # PReP
+        "0657FD6D-A4AB-43C4-84E5-0933C84B4F4F",  # swap
+        "8DA63339-0007-60C0-C436-083AC8230908",  # reserved on Linux
+        "6A945A3B-1DD2-11B2-99A6-080020736631",  # reserved by ZFS
+        "83BD6B9D-7F41-11DC-BE0B-001560B84F0F",  # FreeBSD's boot code
+        "516E7CB5-6ECF-11D6-8FF8-00022D71F2B2",  # FreeBSD's swap
+    )
+)
+"""Types of partitions in which nothing need be known."""
+_AMBIVALENT = 8
+"""The exit code of blkid where it could be several things."""
 _CHUNK = 1 << 20
 UNKNOWN = "unknown filesystem type"
 """What mount says of a type that the host's kernel does not have."""
@@ -45,24 +65,30 @@ class Trouble(Exception):
 
 
 class Unmountable(Exception):
-    """The host cannot mount the type of file system, which says nothing of the image."""
+    """It is not mounted, which says nothing of the image."""
 
 
 class Place(t.NamedTuple):
-    """A part of an image, in bytes. C(partition) is its number, 0 for the whole image."""
+    """A part of an image, in bytes. C(partition) is its number, 0 for the whole image; C(table_type) is its type."""
 
     image: str
     path: str
     partition: int
     offset: int
     size: int
+    table_type: str = ""
 
     def __str__(self) -> str:
         return f"partition {self.partition} of {self.image}" if self.partition else self.image
 
 
-def run(command: t.Sequence[str], *, codes: t.Container[int] = (0,)) -> str:
-    """What a tool prints. Raises: Trouble where it is missing, or ends with another code."""
+def run(command: t.Sequence[str]) -> str:
+    """What a tool prints. Raises: Trouble where it is missing, or fails."""
+    return run_any(command, codes=(0,)).stdout
+
+
+def run_any(command: t.Sequence[str], *, codes: t.Container[int]) -> subprocess.CompletedProcess[str]:
+    """What a tool prints, and its code. Raises: Trouble where it is missing, or ends with another code."""
     search = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     try:
         done = subprocess.run(
@@ -78,7 +104,7 @@ def run(command: t.Sequence[str], *, codes: t.Container[int] = (0,)) -> str:
         raise Trouble("tool", f"{command[0]} is not installed (packages fdisk, mount and util-linux)") from error
     if done.returncode not in codes:
         raise Trouble("tool", f"{command[0]} failed: {done.stderr.strip() or done.returncode}")
-    return done.stdout
+    return done
 
 
 def places(image: str, path: str) -> list[Place]:
@@ -97,18 +123,31 @@ def places(image: str, path: str) -> list[Place]:
         start, length = partition["start"] * sector, partition["size"] * sector
         if start + length > size:
             raise Trouble("partition_table", f"partition {number} of {image} ends behind the end of the disk")
-        found.append(Place(image, path, number, start, length))
-    return found
+        found.append(Place(image, path, number, start, length, str(partition.get("type", ""))))
+    return found or [Place(image, path, 0, 0, size)]
 
 
 def probe(place: Place) -> str:
-    """The type of what lies there, empty where nothing is known."""
+    """The type of what lies there, empty where there may be nothing.
+
+    Raises: Trouble where there has to be something and nothing is known, Unmountable where it cannot be told.
+    """
     command = ["blkid", "-p", "-o", "export", "-O", str(place.offset), "-S", str(place.size), place.path]
-    for line in run(command, codes=(0, 2, 8)).splitlines():
-        key, _equals, value = line.partition("=")
-        if key == "TYPE":
-            return value
-    return ""
+    done = run_any(command, codes=(0, 2, _AMBIVALENT))
+    if done.returncode == _AMBIVALENT:
+        raise Unmountable(f"{place} has the marks of several file systems, and is not opened")
+    values = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    if "TYPE" in values:
+        return values["TYPE"]
+    if values.get("PTTYPE") in NESTED:
+        raise Unmountable(f"{place} holds partitions of its own, which are not opened")
+    if place.partition == 0:
+        # A data disk may be blank, or a database's own.
+        raise Unmountable(f"{place} holds nothing that is known")
+    if place.table_type in WITHOUT_FILES:
+        return ""
+    meant = f"its type {place.table_type} is one for a file system"
+    raise Trouble("file_system", f"{place} holds nothing that is known, and {meant}")
 
 
 @contextlib.contextmanager
@@ -191,7 +230,9 @@ def is_meant(place: Place, wanted: t.Mapping[str, t.Any]) -> bool:
     """Whether a file is to be looked for there: everywhere, unless its disk or partition is given."""
     disk = wanted.get("disk")
     number = wanted.get("partition")
-    return (disk is None or place.image in (disk, f"drive-{disk}")) and (number is None or place.partition == number)
+    return (disk is None or place.image in (disk, f"drive-{disk}")) and (
+        number is None or place.partition == int(number)
+    )
 
 
 def look(request: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
@@ -204,12 +245,12 @@ def look(request: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
     done: set[int] = set()
     for image, path in request["images"].items():
         for place in places(image, path):
-            kind = probe(place)
-            if kind in CONTAINERS:
-                unopened.append(f"{place} holds {CONTAINERS[kind]}, which is not opened")
-            if not kind or kind in IGNORED or kind in CONTAINERS:
-                continue
             try:
+                kind = probe(place)
+                if kind in CONTAINERS:
+                    raise Unmountable(f"{place} holds {CONTAINERS[kind]}, which is not opened")
+                if not kind or kind in IGNORED:
+                    continue
                 with mounted(place, kind, mountpoint):
                     entry = {"disk": place.image, "partition": place.partition, "type": kind}
                     found.append({**entry, "files": count(place, mountpoint)})

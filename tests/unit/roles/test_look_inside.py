@@ -87,6 +87,8 @@ def test_partitions_and_whole_disks(tmp_path: pathlib.Path) -> None:
         file.write(make_ext4(tmp_path / "part", {"a": "1", "b/c": "2", "b/d": "3"}).read_bytes())
         file.seek(9 * MIB)
         file.write(b"LUKS\xba\xbe\x00\x01".ljust(1024, b"\0"))
+        file.seek(10 * MIB + 1024)
+        file.write((1).to_bytes(4, "little") + (1023).to_bytes(4, "little"))
         file.seek(10 * MIB + 4086)
         file.write(b"SWAPSPACE2")
     result = look(tmp_path, {"drive-scsi0": whole, "drive-scsi1": disk}, min_files=5)
@@ -144,10 +146,69 @@ def test_a_partition_that_does_not_fit_the_disk(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("label", "table_type", "is_right"),
+    [
+        ("gpt", "0FC63DAF-8483-4772-8E79-3D69D8477DE4", False),
+        ("gpt", "21686148-6449-6E6F-744E-656564454649", True),
+        ("gpt", "E3C9E316-0B5C-4DB8-817D-F92DF00215AE", True),
+        ("gpt", "0657FD6D-A4AB-43C4-84E5-0933C84B4F4F", True),
+        ("dos", "83", False),
+        ("dos", "82", True),
+        ("dos", "5", True),
+    ],
+)
+def test_a_partition_in_which_nothing_is_known(
+    tmp_path: pathlib.Path, label: str, table_type: str, is_right: bool
+) -> None:
+    """Another file system of the disk has files, and does not make up for one that is gone."""
+    disk = tmp_path / "disk"
+    with disk.open("wb") as file:
+        file.truncate(24 * MIB)
+    table = f"label: {label}\nstart=2048,size=16384\nstart=18432,size=8192,type={table_type}\n"
+    run("sfdisk", "--quiet", disk, stdin=table)
+    with disk.open("r+b") as file:
+        file.seek(MIB)
+        file.write(make_ext4(tmp_path / "part", {"a": "1"}).read_bytes())
+    result = look(tmp_path, {"drive-scsi0": disk})
+    if is_right:
+        assert (result.get("result"), result["files"], result["notes"]) == (None, 1, [])
+    else:
+        assert (result["result"], result["kind"]) == ("failed", "file_system")
+        assert result["reason"].startswith("partition 2 of drive-scsi0 holds nothing that is known")
+
+
+@pytest.mark.parametrize("table", ["", "label: gpt\n"])
+def test_a_disk_in_which_nothing_is_known_is_noted(tmp_path: pathlib.Path, table: str) -> None:
+    system, data = make_ext4(tmp_path / "system", {"a": "1"}), tmp_path / "data"
+    with data.open("wb") as file:
+        file.truncate(8 * MIB)
+    if table:
+        run("sfdisk", "--quiet", data, stdin=table)
+    result = look(tmp_path, {"drive-scsi0": system, "drive-scsi1": data})
+    assert (result.get("result"), result["files"]) == (None, 1)
+    assert result["notes"] == ["drive-scsi1 holds nothing that is known"]
+
+
+def test_a_disk_with_the_marks_of_two_file_systems_is_noted(tmp_path: pathlib.Path) -> None:
+    system, both = make_ext4(tmp_path / "system", {"a": "1"}), make_ext4(tmp_path / "both", {"b": "1"})
+    with both.open("r+b") as file:
+        # The boot sector of a FAT16, which leaves the ext4 whole
+        file.write(bytes.fromhex("eb3c90 6d6b66732e666174 0002 04 0400 02 0002 0040 f8 1000"))
+        file.seek(54)
+        file.write(b"FAT16   ")
+        file.seek(510)
+        file.write(b"\x55\xaa")
+    result = look(tmp_path, {"drive-scsi0": system, "drive-scsi1": both})
+    assert result["notes"] == ["drive-scsi1 has the marks of several file systems, and is not opened"]
+
+
+@pytest.mark.parametrize(
     ("wanted", "reason"),
     [
         ({"path": "/etc/hostname"}, None),
         ({"path": "etc/hostname", "disk": "scsi0", "partition": 0}, None),
+        # As -e and templates of older versions of Ansible have numbers
+        ({"path": "etc/hostname", "partition": "0"}, None),
         ({"path": "/etc/hostname", "checksum": hashlib.sha256(b"web\n").hexdigest().upper()}, None),
         ({"path": "/etc/hostname", "checksum": "md5:" + hashlib.md5(b"web\n").hexdigest()}, None),
         ({"path": "/etc/hostname", "checksum": "sha256:00"}, "/etc/hostname: its checksum is"),

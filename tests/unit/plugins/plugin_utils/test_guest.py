@@ -139,6 +139,20 @@ def test_without_a_configuration_the_devices_tell() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "device"),
+    [
+        ("", "drive-data1"),
+        ("#qmdump#map:data1:drive-data1:local:raw:", "drive-data1"),
+        ("#qmdump#map:unused0:disk:local:raw:", "disk"),
+    ],
+)
+def test_a_disk_whose_drive_cannot_be_is_not_lost(text: str, device: str) -> None:
+    options = boot_options(guest.parse(f"scsi0: a:b\n{text}", ["drive-scsi0", device]), images("drive-scsi0", device))
+    assert paths(options) == [("drive-scsi0.raw", "scsi"), (f"{device}.raw", "virtio")]
+    assert options["notes"] == [f"{device} is taken for virtio0: nothing tells its drive"]
+
+
+@pytest.mark.parametrize(
     ("line", "key", "expected"),
     [
         ("memory: current=3072", "memory", 3072),

@@ -12,6 +12,7 @@ import pytest
 
 from ansible_collections.vmbackup.vma.plugins.module_utils.host import boot_failure, boot_signs
 from ansible_collections.vmbackup.vma.plugins.module_utils.host.console import Console
+from ansible_collections.vmbackup.vma.plugins.module_utils.vma.errors import RequestError
 
 SEABIOS = "\x1b[2J\x1b[1;1HBooting from Hard Disk...\r\nBoot failed: not a bootable disk\r\n\r\n"
 OVMF = 'BdsDxe: failed to load Boot0001 "UEFI Misc Device" from PciRoot(0x0)/Pci(0x2,0x0): Not Found\r\n'
@@ -138,6 +139,12 @@ def test_a_sign_after_the_end_is_none() -> None:
     sign.look()
     assert sign.match == "alive"
     assert not sign.is_seen()
+
+
+@pytest.mark.parametrize("pattern", ["", "login:|", ".*", "^", "$", "(?:up)?"])
+def test_a_pattern_that_any_guest_matches_is_no_sign(pattern: str) -> None:
+    with pytest.raises(RequestError, match="any output of any guest"):
+        boot_signs.ConsoleSign(Console(), pattern)
 
 
 def test_a_prompt_has_no_end() -> None:
