@@ -155,7 +155,7 @@ archives:
     integrity:
       description:
         - V(sha256) where every extent carries a digest of its data, V(none) where not.
-        - V(null) where the extents were not looked at, as with O(verify=none).
+        - V(null) where no extent was looked at, as with O(verify=none).
       returned: where the file can be opened
       type: str
       sample: sha256

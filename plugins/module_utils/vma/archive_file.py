@@ -16,14 +16,13 @@ import fcntl
 import os
 import stat
 import subprocess
-import tempfile
 import typing as t
 import zlib
 
 from . import layout, zstd
 from .errors import ArchiveError, Problem, RequestError, SpaceError, ToolError
 from .pending_file import PendingFile
-from .tools import describe_exit, find_tool, start_tool
+from .tools import describe_exit, find_tool, open_scratch, start_tool
 
 CHUNK = 1 << 18
 """Bytes of a compressed file that are read or written at a time."""
@@ -55,6 +54,8 @@ class Stream(abc.ABC):
     compression = "none"
     seekable = False
     """Whether reads may skip and may come from several threads at once."""
+    is_checked = False
+    """Whether the compression's own checksums were found right, up to the last one at the end."""
 
     @abc.abstractmethod
     def read(self, offset: int, view: memoryview) -> int:
@@ -142,6 +143,7 @@ class ForwardStream(Stream):
             while done < len(view):
                 count = self._decompressor.readinto(view[done:])
                 if not count:
+                    self.is_checked = True
                     break
                 done += count
                 self._position += count
@@ -149,6 +151,7 @@ class ForwardStream(Stream):
             message = f"the {self.compression} data is damaged after {self._position} bytes of archive: {error}"
             raise ArchiveError(Problem("decompression", message, self._position)) from error
         except _Trailing as error:
+            self.is_checked = True
             raise ArchiveError(Problem("trailing_data", str(error), self._position)) from error
         except OSError as error:
             raise _read_error(error, self._position) from error
@@ -268,7 +271,7 @@ class _Command:
         self._fd = fd
         self._name = command[0]
         path = find_tool(self._name, purpose)
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close())
+        self._stderr = open_scratch()
         self._process = start_tool([path, *command[1:]], stdin=fd, stdout=subprocess.PIPE, stderr=self._stderr)
         self._pipe = t.cast("t.IO[bytes]", self._process.stdout).fileno()
         _widen_pipe(self._pipe)
@@ -455,7 +458,7 @@ class CommandSink(Sink):
         super().__init__(pending)
         self._name = command[0]
         path = find_tool(self._name, "to compress an archive")
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close())
+        self._stderr = open_scratch()
         # Its own open file, so that a compressor that outlives this process holds no lock of it.
         output = os.open(pending.path, os.O_WRONLY | os.O_CLOEXEC)
         try:

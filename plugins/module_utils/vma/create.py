@@ -96,16 +96,22 @@ def create(
         header = layout.build_header(new_uuid, int(time.time()) if ctime is None else ctime, headed, configs)
         reason: str | None = "the archive is rewritten always" if overwrite == "always" else None
         is_new = not os.path.lexists(dest)
+        if overwrite == "never" and not is_new:  # it appeared while the sources were opened
+            return Created(False, None)
         if is_new:
             reason = "there is no such file"
         elif reason is None:
             asked = _Asked(tuple(headed), tuple(configs), compression, integrity, new_uuid if uuid else None, ctime)
             reason = _difference(dest, asked, sources, threads, bytes_per_second)
         if reason is None or dry_run:
+            for source in sources:
+                source.check_unchanged()
             return Created(reason is not None, reason, elapsed=time.monotonic() - began, is_new=is_new)
         writer = _Writer(headed, sources, new_uuid, integrity == "sha256", bytes_per_second)
         pending = PendingFile(dest)
         stack.callback(pending.discard)
+        if overwrite == "never" and os.path.lexists(dest):
+            return Created(False, None)
         sink = open_sink(pending, compression, level, threads)
         stack.callback(sink.close)
         writer.write(sink, header, threads)
@@ -114,6 +120,8 @@ def create(
             drop_behind(source.fd, 0, 0)
         pending.sync()
         drop_behind(pending.fd, 0, 0)
+        if overwrite == "never" and os.path.lexists(dest):
+            return Created(False, None)
         pending.commit()
         return Created(True, reason, writer.read_bytes, writer.data_bytes, time.monotonic() - began, is_new)
 
@@ -337,11 +345,17 @@ class _Writer:
             data_start = first * BLOCK_SIZE
             data_stop = min(stop, -(-data_stop // BLOCK_SIZE) * BLOCK_SIZE)
             length = data_stop - data_start
+            padded = -(-length // BLOCK_SIZE) * BLOCK_SIZE
+            if end + padded > len(view):  # many extents share the memory of one where they were all hole
+                raise SourceError(
+                    f"data appeared in a hole at offset {data_start}",
+                    file=source.path,
+                    remedy="It changed while it was read: back up a snapshot, or stop what writes to it.",
+                )
             throttle.take(length)
             source.read(view[end : end + length], data_start)
             drop_behind(source.fd, data_start, length)
             read += length
-            padded = -(-length // BLOCK_SIZE) * BLOCK_SIZE
             view[end + length : end + padded] = bytes(padded - length)
             found, end = _squeeze(memory, end, padded)
             bits |= found << first - cluster * layout.BLOCKS_PER_CLUSTER

@@ -22,8 +22,8 @@ from . import layout, qemu
 from .archive_file import usable_cpus
 from .compare import differing
 from .errors import ArchiveError, Problem, RequestError, SpaceError, TargetError, ToolError
-from .image import Image, NewFile, Target, clone_for_patch, open_patch
-from .layout import Config, Device, Segment
+from .image import NewFile, SourceImage, Target, check_block_size, clone_for_patch, open_patch, refuse_used
+from .layout import Config, Device, Header, Segment
 from .pending_file import PendingFile, sync_folder, target_errors
 from .reader import Reader
 
@@ -167,6 +167,7 @@ class _Job:
         self._asked_for_all = False
         self._uses_folder = False
         self._data_limit = 0
+        self._seen: tuple[Header, int, int] | None = None
         self.result = Extracted([], [])
         self.stack = contextlib.ExitStack()
 
@@ -176,6 +177,7 @@ class _Job:
         self, reader: Reader, devices: t.Sequence[DeviceRequest] | None, configs: t.Sequence[str] | None
     ) -> None:
         """Find what was asked for in the archive, and a target for each."""
+        self._seen = _identity(reader)
         by_name = {device.name: device for device in reader.header.devices}
         self._asked_for_all = devices is None
         if devices is None:
@@ -219,6 +221,8 @@ class _Job:
         plan = _Plan(device, ExtractedDevice(device.name, path, device.size, request.format), present)
         if present is not None and not plan.is_block and not stat.S_ISREG(present.st_mode):
             raise TargetError("expected a file or a block device", file=path)
+        if plan.is_block and self._overwrite != "never":
+            check_block_size(path, device.size)
         if request.format != "raw" and (plan.is_block or self._in_place):
             raise RequestError(
                 f"the format {request.format} cannot be written in place",
@@ -279,13 +283,20 @@ class _Job:
                 to_compare.append(plan)
         if to_compare:
             self._compare(to_compare)
+        self._refuse_used_targets()
+
+    def _refuse_used_targets(self) -> None:
+        """See that no VM uses a file that is to be replaced. What is patched is looked at when it is opened."""
+        for plan in self._plans:
+            if plan.target.changed and not plan.target.is_new and not self._is_patched_in_place(plan):
+                refuse_used(plan.target.path)
 
     def _is_patched_in_place(self, plan: _Plan) -> bool:
         return plan.is_block or (self._in_place and plan.present is not None)
 
     def _compare(self, plans: list[_Plan]) -> None:
         with contextlib.ExitStack() as stack:
-            images: dict[int, Image] = {}
+            images: dict[int, SourceImage] = {}
             for plan in plans:
                 folder = os.path.dirname(plan.target.path)
                 try:
@@ -296,10 +307,12 @@ class _Job:
             with self._open() as reader:
                 differences = differing(reader, images, threads=self._threads, bytes_per_second=self._bytes_per_second)
                 self.result.integrity = reader.statistics.integrity
+                for image in images.values():
+                    image.check_unchanged()
                 for plan in plans:
-                    image = images.get(plan.device.dev_id)
-                    if image is None:
+                    if plan.device.dev_id not in images:
                         continue
+                    image = images[plan.device.dev_id]
                     plan.target.size = size = reader.size_of(plan.device)
                     offset = differences.get(plan.device.dev_id)
                     if offset is None and not plan.is_block and plan.target.format == "raw" and image.size != size:
@@ -326,8 +339,7 @@ class _Job:
 
         reader = Reader(self._src, _pass_names)
         reader.report_to(report)
-        devices = {device.dev_id: device for device in reader.header.devices}
-        if any(devices.get(plan.device.dev_id) != plan.device for plan in self._plans):
+        if _identity(reader) != self._seen:
             reader.close()
             raise RequestError("the archive was replaced while it was read", file=self._src, remedy="Run again.")
         return reader
@@ -374,6 +386,7 @@ class _Job:
         pending = [self._write_config(config) for config in configs]
         if targets or (self._asked_for_all and not self._plans):
             self._write_devices(plans, targets)
+        self._refuse_used_targets()
         for target in targets.values():
             target.commit()
         for file in pending:
@@ -478,6 +491,11 @@ class _ConvertedFile(NewFile):
         """See Target."""
         self.pending.discard()
         self._final.discard()
+
+
+def _identity(reader: Reader) -> tuple[Header, int, int]:
+    """What tells an archive from another one. Inode numbers do not: some network file systems change them."""
+    return reader.header, reader.file_size, reader.modified
 
 
 def _pass_names(problem: Problem) -> None:

@@ -188,8 +188,11 @@ def check_unused(fd: int, *, to_write: bool) -> bool:
 class SourceImage(Image):
     """An image that is read, and must not change meanwhile."""
 
-    def __init__(self, path: str, *, is_view: bool = False) -> None:
-        """C(is_view) says that the file is a view whose times mean nothing. Raises: SourceError."""
+    def __init__(self, path: str, *, original: SourceImage | None = None) -> None:
+        """C(original) is the image that the file is a view or a copy of; then the file's own times mean nothing.
+
+        Raises: SourceError.
+        """
         try:
             fd, status = _open(path, os.O_RDONLY)
         except OSError as error:
@@ -202,16 +205,20 @@ class SourceImage(Image):
         if not is_block and not stat.S_ISREG(status.st_mode):
             os.close(fd)
             raise SourceError("expected a file or a block device", file=path)
-        if not is_view and not check_unused(fd, to_write=False):
+        if original is None and not check_unused(fd, to_write=False):
             os.close(fd)
             raise SourceError(
                 "a running VM writes to this image", file=path, remedy="Back up a snapshot of it, or stop the VM."
             )
         super().__init__(path, fd, _size_of(fd, status), is_block)
-        self._modified = None if is_block or is_view or _has_live_times(status) else status.st_mtime_ns
+        self._original = original
+        times_tell = not is_block and original is None and not _has_live_times(status)
+        self._modified = status.st_mtime_ns if times_tell else None
 
     def check_unchanged(self) -> None:
         """Raises: SourceError where the image has another size than at the start, or was written to."""
+        if self._original is not None:
+            self._original.check_unchanged()
         status = os.fstat(self.fd)
         size = _size_of(self.fd, status)
         if size != self.size:
@@ -395,6 +402,46 @@ def _punch_hole(fd: int, offset: int, length: int) -> bool:
     raise OSError(error, os.strerror(error))
 
 
+def refuse_used(path: str) -> None:
+    """See that no VM uses the file at C(path), which is to be replaced: it would go on with the old one, unseen.
+
+    Raises: TargetError.
+    """
+    try:
+        fd, _status = _open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return  # what is gone is used by nobody, and of what may not be read the locks cannot be asked for
+    try:
+        _refuse_used(fd, path)
+    finally:
+        os.close(fd)
+
+
+def _refuse_used(fd: int, path: str) -> None:
+    if not check_unused(fd, to_write=True):
+        raise TargetError("a running VM uses this image", file=path, remedy="Stop the VM, or name another target.")
+
+
+def check_block_size(path: str, size: int) -> None:
+    """Raises: TargetError where the block device at C(path) has less than C(size) bytes, or cannot be opened."""
+    with target_errors(path):
+        fd, status = _open(path, os.O_RDONLY)
+        try:
+            present = _size_of(fd, status)
+        finally:
+            os.close(fd)
+    _refuse_small(path, present, size)
+
+
+def _refuse_small(path: str, present: int, size: int) -> None:
+    if present < size:
+        raise TargetError(
+            f"the block device has {present} bytes, the archive's device has {size}",
+            file=path,
+            remedy="Name a larger block device, or enlarge this one.",
+        )
+
+
 def open_patch(path: str, size: int) -> Patch:
     """A block device, or a file to be patched where it lies; it gets C(size) bytes.
 
@@ -418,13 +465,9 @@ def open_patch(path: str, size: int) -> Patch:
             raise TargetError("expected a file or a block device", file=path)
         _claim(fd, path)
         present = _size_of(fd, status)
-        if is_block and present < size:
-            raise TargetError(
-                f"the block device has {present} bytes, the archive's device has {size}",
-                file=path,
-                remedy="Name a larger block device, or enlarge this one.",
-            )
-        if not is_block:
+        if is_block:
+            _refuse_small(path, present, size)
+        else:
             with target_errors(path):
                 os.ftruncate(fd, size)
         return Patch(Image(path, fd, size, is_block))
@@ -439,8 +482,7 @@ def _claim(fd: int, path: str) -> None:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise BusyError("another run is writing this", file=path, remedy="Wait for it to end, or stop it.") from error
-    if not check_unused(fd, to_write=True):
-        raise TargetError("a running VM uses this image", file=path, remedy="Stop the VM, or name another target.")
+    _refuse_used(fd, path)
 
 
 def clone_for_patch(path: str, size: int) -> Patch | None:
@@ -475,8 +517,10 @@ __all__ = (
     "Patch",
     "SourceImage",
     "Target",
+    "check_block_size",
     "check_unused",
     "clone_for_patch",
     "drop_behind",
     "open_patch",
+    "refuse_used",
 )

@@ -192,11 +192,14 @@ class _Blobs:
         return bytes(self._header[self._start + at + 2 : self._start + at + 2 + length])
 
     def get_name(self, at: int) -> str:
-        """The name at offset C(at). Bytes that are not UTF-8 come as backslash escapes. Raises: ValueError."""
+        """The name at offset C(at). Bytes that are not UTF-8 come as backslash escapes. Raises: ValueError.
+
+        Of a name that is too long, so much comes as shows that: it is repeated in every problem of its device.
+        """
         blob = self.get(at)
         if not blob.endswith(b"\x00"):
             raise ValueError("its name does not end in NUL")
-        return blob[:-1].decode("utf-8", "backslashreplace")
+        return blob[:-1][: NAME_LIMIT + 1].decode("utf-8", "backslashreplace")
 
 
 def parse_header(data: Buffer, report: Report) -> Header:

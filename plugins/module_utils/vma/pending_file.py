@@ -14,12 +14,16 @@ import os
 import re
 import secrets
 import stat
+import time
 import typing as t
 
 from .errors import BusyError, SpaceError, TargetError
 
 _NAME_LIMIT = 200
 """Bytes of a file's name that leave room for what a pending file adds to it."""
+LOCK_TIMEOUT = 60.0
+"""Seconds to wait for the lock of a folder, which our own runs hold only while they look for leftovers."""
+_LOCK_POLL = 0.05
 _SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LABEL = "security.selinux"
 _ACCESS_LIST = "system.posix_acl_access"
@@ -97,9 +101,7 @@ class PendingFile:
         with target_errors(dest):
             folder_fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                # Some network file systems cannot lock a folder; there, two runs that start at once both go on.
-                with contextlib.suppress(OSError):
-                    fcntl.flock(folder_fd, fcntl.LOCK_EX)
+                self._lock_folder(folder_fd)
                 for entry in os.listdir(folder_fd):
                     if siblings.fullmatch(entry):
                         self._remove_leftover(os.path.join(self._folder, entry))
@@ -109,6 +111,24 @@ class PendingFile:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             finally:
                 os.close(folder_fd)
+
+    def _lock_folder(self, fd: int) -> None:
+        deadline = time.monotonic() + LOCK_TIMEOUT
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    raise BusyError(
+                        f"another process holds a lock on the folder {self._folder}",
+                        file=self.dest,
+                        remedy="End it, or have it lock another file: see lslocks, or a flock command around this run.",
+                    ) from error
+                time.sleep(_LOCK_POLL)
+            except OSError:
+                return  # some network file systems cannot lock a folder: two runs that start at once both go on
+            else:
+                return
 
     def _remove_leftover(self, path: str) -> None:
         try:

@@ -13,14 +13,13 @@ import os
 import secrets
 import shutil
 import subprocess
-import tempfile
 import time
 import typing as t
 
 from .errors import ToolError
 from .image import SourceImage
 from .pending_file import target_errors, unfinished
-from .tools import bound_to_us, describe_exit, find_tool, start_tool
+from .tools import bound_to_us, describe_exit, find_tool, open_scratch, start_tool
 
 FORMATS: tuple[str, ...] = ("raw", "qcow2", "qed", "vdi", "vhdx", "vmdk", "vpc")
 _VIEW_TIMEOUT = 20
@@ -50,10 +49,9 @@ def open_source(path: str, image_format: str, scratch: str) -> t.Iterator[Source
         view = os.path.join(folder, "view")
         if not _start_view(stack, os.path.abspath(path), image_format, view):
             convert(path, image_format, view, "raw")
-        image = SourceImage(view, is_view=True)
+        image = SourceImage(view, original=original)
         stack.callback(image.close)
         yield image
-        original.check_unchanged()
 
 
 @contextlib.contextmanager
@@ -66,14 +64,17 @@ def _scratch_folder(parent: str) -> t.Iterator[str]:
         folder = os.path.join(parent, _FOLDER_PREFIX + secrets.token_hex(8))
         unfinished[folder] = _clear
         os.mkdir(folder, 0o700)
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = -1
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with target_errors(folder):
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.pop(folder, None)
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
 
 
 def _remove_leftover(folder: str) -> None:
@@ -106,7 +107,8 @@ def _start_view(stack: contextlib.ExitStack, path: str, image_format: str, view:
     daemon = shutil.which("qemu-storage-daemon")
     if daemon is None:
         return False
-    open(view, "wb").close()  # the export wants a file to mount on
+    with target_errors(view):
+        open(view, "wb").close()  # the export wants a file to mount on
     file = {"driver": "file", "filename": path}
     node = {"driver": image_format, "node-name": "image", "read-only": True, "file": file}
     export = {"type": "fuse", "id": "view", "node-name": "image", "mountpoint": view, "writable": False}
@@ -136,7 +138,7 @@ def _stop(process: subprocess.Popen[bytes], view: str) -> None:
 def convert(source: str, source_format: str, dest: str, dest_format: str) -> None:
     """Write the image C(source) to the new file C(dest) in another format. Raises: ToolError."""
     tool = find_tool("qemu-img", f"for images in the format {dest_format if source_format == 'raw' else source_format}")
-    with tempfile.TemporaryFile() as stderr:
+    with open_scratch() as stderr:
         command = bound_to_us([tool, "convert", "-f", source_format, "-O", dest_format, source, dest])
         process = start_tool(command, stdout=stderr, stderr=stderr)
         try:

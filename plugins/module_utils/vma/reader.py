@@ -53,9 +53,11 @@ class Statistics:
         self.with_digest = 0
 
     @property
-    def integrity(self) -> str:
-        """C(sha256) where every extent carries a digest, and there is one; otherwise C(none)."""
-        return "sha256" if self.extents and self.with_digest == self.extents else "none"
+    def integrity(self) -> str | None:
+        """C(sha256) where every extent carries a digest, C(none) where not; None as long as no extent was read."""
+        if not self.extents:
+            return None
+        return "sha256" if self.with_digest == self.extents else "none"
 
 
 class Reader:
@@ -78,7 +80,9 @@ class Reader:
         self._fd = open_archive(path)
         self._stream: Stream | None = None
         try:
-            self.file_size = os.fstat(self._fd).st_size
+            status = os.fstat(self._fd)
+            self.file_size = status.st_size
+            self.modified = status.st_mtime_ns
             self._stream = open_stream(self._fd)
             self.header = self._read_header(self._stream)
         except BaseException as error:
@@ -155,9 +159,7 @@ class Reader:
         return self._position
 
     def doubts(self, problem: Problem) -> bool:
-        """Whether the problem casts doubt on all devices: a damaged header, or compressed data without digests."""
-        if problem.kind == "decompression":
-            return self.statistics.integrity != "sha256"
+        """Whether the problem casts doubt on all devices, as a damaged header does."""
         return problem.kind in ("header_checksum", "header_invalid")
 
     def size_of(self, device: Device) -> int:
@@ -273,9 +275,10 @@ class Reader:
                     break
                 extent = self._parse(offset, view[:count])
             except ArchiveError as error:
-                self._report(error.problem)
                 if not self._can_go_on(error.problem):
+                    self._end_with(error.problem)
                     break
+                self._report(error.problem)
                 self.stream.unread(view[1:count])
                 if not self._resync(max(offset + 1, error.problem.offset or 0)):
                     break
@@ -286,7 +289,7 @@ class Reader:
                 self._require(offset, extent, view[EXTENT_HEADER_SIZE : end - offset])
                 self._account(offset, extent)
             except ArchiveError as error:
-                self._report(error.problem)
+                self._end_with(error.problem)
                 break
             self._position = end
             return offset, extent
@@ -306,6 +309,16 @@ class Reader:
             message = f"expected the end, since all clusters have come; found {more}, which is no extent"
             raise ArchiveError(Problem("trailing_data", message, offset)) from error
 
+    def _end_with(self, problem: Problem) -> None:
+        """Report the problem behind which nothing is read.
+
+        Where the extents carry no digests, the compression's own checksum at the end vouches for all data that came
+        before it. Without having got there, nothing is known to be right.
+        """
+        if not self.stream.seekable and not self.stream.is_checked and self.statistics.integrity != "sha256":
+            self.damaged.update(self._devices)
+        self._report(problem)
+
     def _can_go_on(self, problem: Problem) -> bool:
         """Whether what follows the problem may still be read."""
         return problem.kind in _LOST or (problem.kind == "read_error" and self.stream.seekable)
@@ -321,7 +334,7 @@ class Reader:
             try:
                 position, count = self._read_on(position, view)
             except ArchiveError as error:
-                self._report(error.problem)
+                self._end_with(error.problem)
                 return False
             at = memory.find(layout.EXTENT_MAGIC, 0, count)
             while 0 <= at <= count - EXTENT_HEADER_SIZE:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 import typing as t
 
 from .errors import ToolError
@@ -48,6 +49,15 @@ def start_tool(
         raise ToolError(f"{command[0]} cannot be started: {error.strerror}") from error
 
 
+def open_scratch() -> t.IO[bytes]:
+    """A file without a name, for what a tool says. Raises: ToolError where none can be made."""
+    try:
+        return tempfile.TemporaryFile()
+    except OSError as error:
+        remedy = "Make room in the folder for temporary files, or set TMPDIR to another one."
+        raise ToolError(f"no temporary file can be made: {error.strerror}", remedy=remedy) from error
+
+
 def bound_to_us(command: list[str]) -> list[str]:
     """The command, so that it ends with this process even if that is killed, where the host has setpriv.
 
@@ -68,4 +78,4 @@ def describe_exit(status: int, stderr: t.IO[bytes]) -> str:
     return f"{how}: {said[-1]}" if said else how
 
 
-__all__ = ("PACKAGES", "bound_to_us", "describe_exit", "find_tool", "start_tool")
+__all__ = ("PACKAGES", "bound_to_us", "describe_exit", "find_tool", "open_scratch", "start_tool")

@@ -27,7 +27,8 @@ _STANDARD = re.compile(
     r"\.vma(?:\.(?:gz|lzo|zst|bz2))?"
 )
 _ARCHIVE = re.compile(r"[^.].*\.vma(?:\.(?:gz|lzo|zst|bz2))?")
-_MAP = re.compile(r"#qmdump#map:(\S+):(\S+):(\S*):(\S*):")
+# No field holds a colon; a pattern that allowed for one would take hours for a line of many.
+_MAP = re.compile(r"#qmdump#map:([^\s:]+):([^\s:]+):([^\s:]*):([^\s:]*):")
 _SETTING = re.compile(r"([a-z][a-z_]*[0-9]*):\s*(\S.*)")
 _NUMBERS = ("memory", "cores", "sockets", "vcpus", "balloon")
 _TEXTS = ("name", "ostype", "bios", "machine", "cpu", "scsihw", "boot", "agent")

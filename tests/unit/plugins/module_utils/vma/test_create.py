@@ -19,6 +19,7 @@ import pytest
 
 from ansible_collections.vmbackup.vma.plugins.module_utils.vma import (
     archive_file,
+    compare,
     create,
     errors,
     extract,
@@ -26,6 +27,7 @@ from ansible_collections.vmbackup.vma.plugins.module_utils.vma import (
     layout,
     parallel,
     pending_file,
+    qemu,
     reader,
     verify,
     zstd,
@@ -730,3 +732,101 @@ def test_another_integrity_is_a_difference_without_devices_too(dest: pathlib.Pat
     create.create(str(dest), [], CONFIGS, integrity="none")
     assert create.create(str(dest), [], CONFIGS).reason == "the integrity is none"
     assert not create.create(str(dest), [], CONFIGS).changed
+
+
+def test_a_qcow2_that_changes_meanwhile_leaves_the_old_archive(
+    source: pathlib.Path, dest: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = helpers.need_tool("qemu-img")
+    path = tmp_path / "disk.qcow2"
+    subprocess.run([tool, "convert", "-f", "raw", "-O", "qcow2", str(source), str(path)], check=True)
+    dest.write_bytes(b"the old archive")
+    real = create._Writer.write
+
+    def write(writer: create._Writer, sink: archive_file.Sink, header: bytes, threads: int) -> None:
+        real(writer, sink, header, threads)
+        os.utime(path, ns=(0, 0))
+
+    monkeypatch.setattr(create._Writer, "write", write)
+    with pytest.raises(errors.SourceError, match="no single instant"):
+        create.create(str(dest), [SourceDevice(DISK, str(path), "qcow2")])
+    assert dest.read_bytes() == b"the old archive"
+    assert os.listdir(dest.parent) == [dest.name]
+
+
+def test_data_that_appears_in_holes(
+    dest: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a file's times tell nothing, the extents without data share a buffer that has no room for it."""
+    path = tmp_path / "disk.raw"
+    path.write_bytes(b"x" * (3 * 59 * CLUSTER))
+    monkeypatch.setattr(image, "_has_live_times", lambda _status: True)
+    monkeypatch.setattr(create._Writer, "_is_hole", lambda _writer, _runs: True)
+    with pytest.raises(errors.SourceError, match=f"data appeared in a hole at offset {59 * CLUSTER}"):
+        create.create(str(dest), [_device(path)], threads=1)
+    assert os.listdir(dest.parent) == []
+
+
+@pytest.mark.parametrize("where", ["open_source", "PendingFile", "open_sink"])
+def test_a_file_that_appears_meanwhile_is_never_overwritten(
+    where: str, source: pathlib.Path, dest: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = getattr(create, where)
+
+    def appear_first(*args: t.Any) -> t.Any:
+        dest.write_bytes(b"another's")
+        return real(*args)
+
+    monkeypatch.setattr(create, where, appear_first)
+    if where != "open_sink":  # nothing is read and compressed for nothing
+        monkeypatch.setattr(create._Writer, "write", None)
+    assert not create.create(str(dest), [_device(source)], overwrite="never").changed
+    assert dest.read_bytes() == b"another's"
+    assert os.listdir(dest.parent) == [dest.name]
+
+
+@pytest.mark.parametrize("name", ["view", ".vma-view-"])
+def test_no_room_for_the_view_of_an_image(
+    name: str,
+    source: pathlib.Path,
+    dest: pathlib.Path,
+    tool_folder: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tool_folder / "qemu-storage-daemon").write_text("#!/bin/sh\nexit 1\n")
+    (tool_folder / "qemu-storage-daemon").chmod(0o755)
+
+    failed: list[str] = []
+
+    def failing(real: t.Callable[..., t.Any]) -> t.Callable[..., t.Any]:
+        def call(path: t.Any, *args: t.Any, **options: t.Any) -> t.Any:
+            if os.path.basename(str(path)).startswith(name) and not failed:
+                failed.append(str(path))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(path, *args, **options)
+
+        return call
+
+    monkeypatch.setattr(qemu, "open", failing(open), raising=False)
+    monkeypatch.setattr(os, "open", failing(os.open))
+    with pytest.raises(errors.SpaceError, match="there is no room"):
+        create.create(str(dest), [SourceDevice(DISK, str(source), "qcow2")])
+    monkeypatch.undo()
+    assert os.listdir(dest.parent) == []
+
+
+@pytest.mark.parametrize("dry_run", [False, True], ids=["write", "check"])
+def test_a_source_that_changes_while_it_is_compared(
+    dry_run: bool, source: pathlib.Path, dest: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create.create(str(dest), [_device(source)])
+    real = compare.differing
+
+    def compare_and_change(*args: t.Any, **options: t.Any) -> dict[int, int]:
+        found = real(*args, **options)
+        os.utime(source, ns=(0, 0))
+        return found
+
+    monkeypatch.setattr(create, "differing", compare_and_change)
+    with pytest.raises(errors.SourceError, match="no single instant"):
+        create.create(str(dest), [_device(source)], dry_run=dry_run)

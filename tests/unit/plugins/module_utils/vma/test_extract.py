@@ -7,12 +7,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import gzip
 import os
 import pathlib
 import shutil
 import stat
+import struct
 import subprocess
 import sys
 import types
@@ -20,7 +22,14 @@ import typing as t
 
 import pytest
 
-from ansible_collections.vmbackup.vma.plugins.module_utils.vma import create, errors, extract, image, parallel
+from ansible_collections.vmbackup.vma.plugins.module_utils.vma import (
+    compare,
+    create,
+    errors,
+    extract,
+    image,
+    parallel,
+)
 from ansible_collections.vmbackup.vma.plugins.module_utils.vma.extract import DeviceRequest
 from ansible_collections.vmbackup.vma.tests.unit.plugins.module_utils.vma import helpers
 from ansible_collections.vmbackup.vma.tests.unit.plugins.module_utils.vma.conftest import MakeLoop, MakeTmpfs
@@ -877,3 +886,104 @@ def test_check_mode_does_not_promise_room_that_is_not_there(tmp_path: pathlib.Pa
     for dry_run in (True, False):
         with pytest.raises(errors.SpaceError, match="the disks may need"):
             extract.extract(str(path), f"{small}/out", dry_run=dry_run)
+
+
+# --- targets and archives that change meanwhile -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _used_by_qemu(path: pathlib.Path) -> t.Iterator[None]:
+    """Hold the lock that a QEMU holds which writes to the image."""
+    with path.open("r+b") as file:
+        lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 201, 1, 0)
+        fcntl.fcntl(file.fileno(), fcntl.F_OFD_SETLK, lock)
+        yield
+
+
+@pytest.mark.parametrize("dry_run", [False, True], ids=["write", "check"])
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+def test_the_image_of_a_running_vm_is_not_replaced(
+    image_format: str, dry_run: bool, src: str, tmp_path: pathlib.Path
+) -> None:
+    target = tmp_path / "disk"
+    target.write_bytes(b"in use")
+    request = [DeviceRequest(DISK, str(target), image_format)]
+    with _used_by_qemu(target), pytest.raises(errors.TargetError, match="a running VM uses this image"):
+        extract.extract(src, str(tmp_path), devices=request, overwrite="always", dry_run=dry_run)
+    assert target.read_bytes() == b"in use"
+
+
+def test_a_vm_that_is_started_while_its_image_is_extracted(
+    src: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "disk"
+    target.write_bytes(b"in use")
+    real = image.NewFile.finish
+    with contextlib.ExitStack() as stack:
+
+        def finish(new: image.NewFile, size: int) -> None:
+            stack.enter_context(_used_by_qemu(target))
+            real(new, size)
+
+        monkeypatch.setattr(image.NewFile, "finish", finish)
+        with pytest.raises(errors.TargetError, match="a running VM uses this image"):
+            extract.extract(
+                src, str(tmp_path), devices=[DeviceRequest(DISK, str(target))], configs=[], overwrite="always"
+            )
+    assert target.read_bytes() == b"in use"
+
+
+def test_check_mode_refuses_a_block_device_that_is_too_small(make_loop: MakeLoop, src: str, dest: pathlib.Path) -> None:
+    request = [DeviceRequest(DISK, make_loop(CLUSTER))]
+    for dry_run in (False, True):
+        with pytest.raises(errors.TargetError, match=f"the block device has {CLUSTER} bytes"):
+            extract.extract(src, str(dest), devices=request, configs=[], dry_run=dry_run)
+    assert not extract.extract(src, str(dest), devices=request, configs=[], overwrite="never").changed
+
+
+def test_no_extent_read_is_no_integrity(src: str, dest: pathlib.Path) -> None:
+    dest.mkdir()
+    (dest / "disk-drive-scsi0.raw").write_bytes(b"of another size")
+    done = extract.extract(src, str(dest), devices=[DeviceRequest(DISK)], dry_run=True)
+    assert (done.changed, done.integrity) == (True, None)
+
+
+@pytest.mark.parametrize("what", ["another one", "a config", "a touch"])
+def test_an_archive_that_is_replaced_before_it_is_read(
+    what: str, src: str, dest: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conf = helpers.CONF.swapcase()
+    other = helpers.build_archive(IMAGES, configs={"qemu-server.conf": conf if what == "a config" else helpers.CONF})
+    if what == "another one":
+        for part in (other.header, *other.extents):
+            part[8:24] = bytes(16)
+        helpers.seal_header(other.header)
+    status = os.stat(src)
+    real = extract._Job.look_at_targets
+
+    def replace_and_look(job: extract._Job) -> None:
+        pathlib.Path(src + ".new").write_bytes(other.join())
+        os.rename(src + ".new", src)
+        os.utime(src, ns=(0, status.st_mtime_ns + (what == "a touch")))
+        real(job)
+
+    monkeypatch.setattr(extract._Job, "look_at_targets", replace_and_look)
+    with pytest.raises(errors.RequestError, match="the archive was replaced while it was read"):
+        extract.extract(src, str(dest))
+    assert not dest.exists()
+
+
+def test_a_target_that_changes_while_it_is_compared(
+    src: str, dest: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract.extract(src, str(dest))
+    real = compare.differing
+
+    def compare_and_change(*args: t.Any, **options: t.Any) -> dict[int, int]:
+        found = real(*args, **options)
+        os.utime(dest / "disk-drive-scsi0.raw", ns=(0, 0))
+        return found
+
+    monkeypatch.setattr(extract, "differing", compare_and_change)
+    with pytest.raises(errors.SourceError, match="no single instant"):
+        extract.extract(src, str(dest))

@@ -140,9 +140,17 @@ def test_check_unchanged(tmp_path: pathlib.Path) -> None:
         os.utime(path, ns=(0, 0))
         with pytest.raises(errors.SourceError, match="no single instant"):
             opened.check_unchanged()
-    with contextlib.closing(image.SourceImage(str(path), is_view=True)) as opened:
-        os.utime(path, ns=(5, 5))
+    view = tmp_path / "view"
+    view.write_bytes(b"x" * 100)
+    with (
+        _image(path, b"x" * 100) as original,
+        contextlib.closing(image.SourceImage(str(view), original=original)) as opened,
+    ):
+        os.utime(view, ns=(5, 5))
         opened.check_unchanged()
+        os.utime(path, ns=(5, 5))
+        with pytest.raises(errors.SourceError, match="no single instant"):
+            opened.check_unchanged()
 
 
 def test_a_patch_writes_what_differs(tmp_path: pathlib.Path) -> None:

@@ -167,6 +167,18 @@ def test_a_name_that_is_no_utf8_is_shown_and_unsafe() -> None:
     assert [problem.kind for problem in problems] == ["unsafe_name"]
 
 
+def test_a_name_that_is_too_long_is_cut_and_unsafe() -> None:
+    config = layout.Config("a.conf", b"\xff" * 60000 + b"\x00")
+    header = bytearray(layout.build_header(UUID, 1, [layout.Device(1, "abc", 512)], [config]))
+    (long_at,) = struct.unpack_from(">I", header, 3068)
+    struct.pack_into(">I", header, 4096 + 32, long_at)
+    helpers.seal_header(header)
+    parsed, problems = _collect(bytes(header))
+    assert parsed.devices[0].name == r"\xff" * 256
+    assert [(problem.kind, problem.offset) for problem in problems] == [("unsafe_name", 4096 + 32)]
+    assert len(problems[0].message) < 4000
+
+
 # --- extents ----------------------------------------------------------------------------------------------------------
 
 

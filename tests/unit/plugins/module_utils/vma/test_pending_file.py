@@ -11,6 +11,7 @@ import fcntl
 import os
 import pathlib
 import stat
+import threading
 
 import pytest
 
@@ -128,7 +129,7 @@ def test_a_leftover_that_gets_its_name_meanwhile(tmp_path: pathlib.Path, monkeyp
     told: list[int] = []
 
     def flock(fd: int, how: int) -> None:
-        if how == fcntl.LOCK_EX | fcntl.LOCK_NB and not told:
+        if stat.S_ISREG(os.fstat(fd).st_mode) and not told:
             told.append(fd)
             first.commit()
         real(fd, how)
@@ -192,3 +193,37 @@ def test_short_writes_go_on(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPa
     pending_file.write_all(fd, 2, b"0123456789")
     os.close(fd)
     assert (tmp_path / "file").read_bytes() == b"\x00\x000123456789"
+
+
+def test_a_folder_that_another_process_has_locked(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So does `flock /srv/backup ansible-playbook ...`: waiting for its end would wait for ourselves."""
+    monkeypatch.setattr(pending_file, "LOCK_TIMEOUT", 0.1)
+    fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    with pytest.raises(errors.BusyError, match=f"a lock on the folder {tmp_path}.*lslocks") as caught:
+        pending_file.PendingFile(str(tmp_path / "file"))
+    assert caught.value.file == str(tmp_path / "file")
+    os.close(fd)
+    assert os.listdir(tmp_path) == []
+    pending_file.PendingFile(str(tmp_path / "file")).discard()
+
+
+def test_a_folder_that_is_locked_for_a_moment(tmp_path: pathlib.Path) -> None:
+    fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    timer = threading.Timer(0.2, os.close, [fd])
+    timer.start()
+    pending_file.PendingFile(str(tmp_path / "file")).discard()
+    timer.join()
+
+
+def test_a_folder_that_cannot_be_locked(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = fcntl.flock
+
+    def flock(fd: int, how: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        real(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    pending_file.PendingFile(str(tmp_path / "file")).discard()

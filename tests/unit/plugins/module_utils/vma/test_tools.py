@@ -6,11 +6,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
-from ansible_collections.vmbackup.vma.plugins.module_utils.vma import tools
+import pytest
+
+from ansible_collections.vmbackup.vma.plugins.module_utils.vma import errors, tools
 from ansible_collections.vmbackup.vma.tests.unit.plugins.module_utils.vma import helpers, victim
 
 _START_AND_DIE = f"""
@@ -58,3 +63,12 @@ def test_the_exit_status_and_the_number_are_those_of_the_tool() -> None:
     process = tools.start_tool(command, stdout=subprocess.PIPE)
     out, _nothing = process.communicate()
     assert (int(out), process.returncode) == (process.pid, 7)
+
+
+def test_no_room_for_what_a_tool_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", fail)
+    with pytest.raises(errors.ToolError, match=r"no temporary file can be made: No space left.*TMPDIR"):
+        tools.open_scratch()

@@ -942,3 +942,49 @@ def test_extents_without_clusters_are_checked_too(tmp_path: pathlib.Path) -> Non
     assert helpers.look(path).counts == {"extent_digest": 1}
     with pytest.raises(errors.ArchiveError, match="extent_digest"):
         extract.extract(str(path), str(tmp_path / "out"))
+
+
+def test_nothing_is_whole_where_the_checksum_at_the_end_was_not_reached(tmp_path: pathlib.Path) -> None:
+    """A bit of the first disk is wrong, which the checksum of gzip tells; but junk ends the reading before it."""
+    for digest, whole in ((False, False), (True, True)):
+        archive = helpers.build_archive(IMAGES, digest=digest)
+        path = tmp_path / "a.vma.gz"
+        packed = bytearray(gzip.compress(archive.join() + b"junk" * (1 << 18), 0))
+        if not digest:
+            packed[packed.index(archive.extents[0][512:1536]) + 300] ^= 1
+        path.write_bytes(packed)
+        seen = helpers.look(path)
+        assert {problem.kind for problem in seen.problems} == {"trailing_data"}
+        assert seen.whole == {DISK: whole, EFI: whole}
+        request = [extract.DeviceRequest(DISK)]
+        if whole:
+            extract.extract(str(path), str(tmp_path / "whole"), devices=request)
+        else:
+            with pytest.raises(errors.ArchiveError, match="trailing_data"):
+                extract.extract(str(path), str(tmp_path / "out"), devices=request)
+
+
+def test_what_cannot_be_read_behind_a_disk_that_nothing_vouches_for(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.vma.gz"
+    path.write_bytes(gzip.compress(helpers.build_archive(IMAGES, digest=False).join(), 0))
+    real = os.read
+
+    def read(fd: int, size: int) -> bytes:
+        if os.path.samestat(os.fstat(fd), os.stat(path)) and os.lseek(fd, 0, os.SEEK_CUR) >= AT[2]:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, min(size, 4096))
+
+    monkeypatch.setattr(os, "read", read)
+    seen = helpers.look(path)
+    assert seen.counts == {"read_error": 1, "cluster_missing": 1}
+    assert seen.whole == {DISK: False, EFI: False}
+    with pytest.raises(errors.ArchiveError, match="read_error"):
+        extract.extract(str(path), str(tmp_path / "out"), devices=[extract.DeviceRequest(DISK)])
+
+
+def test_an_archive_without_extents_has_no_integrity(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "a.vma"
+    path.write_bytes(BASE.header)
+    assert verify.verify(str(path)).integrity is None
