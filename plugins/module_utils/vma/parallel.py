@@ -27,7 +27,8 @@ class Crew:
         self._interrupt = interrupt
         self._stop = threading.Event()
         self._error: BaseException | None = None
-        self._lock = threading.Lock()
+        self._at_work = 0
+        self._changed = threading.Condition()
 
     def run(self, work: t.Callable[[], None], threads: int) -> None:
         """Run C(work) in so many threads until all of them return. Raises: the first error that one of them raised."""
@@ -39,7 +40,7 @@ class Crew:
             raise self._error
 
     def _run_threads(self, work: t.Callable[[], None], threads: int) -> None:
-        members = [threading.Thread(target=self._guard, args=(work,), daemon=True) for _n in range(threads)]
+        members = [threading.Thread(target=self._take_part, args=(work,), daemon=True) for _n in range(threads)]
         try:
             for member in members:
                 member.start()
@@ -47,10 +48,24 @@ class Crew:
                 member.join()
         except BaseException:  # an interrupt by a signal reaches the main thread here
             self.stop()
-            for member in members:
-                if member.ident is not None:
-                    member.join()
+            # What the threads use must not be let go before they do. join() does not tell: in Python up to 3.12 it
+            # takes a thread for ended after an exception came out of it, and it refuses one that is just starting.
+            with self._changed:
+                while self._at_work:
+                    self._changed.wait()
             raise
+
+    def _take_part(self, work: t.Callable[[], None]) -> None:
+        with self._changed:
+            if self._stop.is_set():
+                return
+            self._at_work += 1
+        try:
+            self._guard(work)
+        finally:
+            with self._changed:
+                self._at_work -= 1
+                self._changed.notify_all()
 
     def _guard(self, work: t.Callable[[], None]) -> None:
         try:
@@ -58,14 +73,14 @@ class Crew:
         except Stopped:
             return
         except BaseException as error:  # noqa: BLE001 carried to the caller of run(), whatever it is
-            with self._lock:
+            with self._changed:
                 if self._error is None and not self._stop.is_set():
                     self._error = error
             self.stop()
 
     def stop(self) -> None:
         """Tell all threads to give up."""
-        with self._lock:
+        with self._changed:
             if self._stop.is_set():
                 return
             self._stop.set()

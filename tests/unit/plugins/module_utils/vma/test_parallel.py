@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 import types
@@ -91,6 +93,64 @@ def test_a_pause_ends_with_the_crew() -> None:
         crew.run(work, 2)
     assert ended == [True]
     assert time.monotonic() - began < 3600
+
+
+class _Interrupted(BaseException):
+    """What a handler of a signal raises."""
+
+
+@pytest.fixture
+def interruptible() -> t.Iterator[None]:
+    """SIGUSR1 raises _Interrupted in the main thread."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise _Interrupted
+
+    previous = signal.signal(signal.SIGUSR1, interrupt)
+    yield
+    signal.signal(signal.SIGUSR1, previous)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_waits_for_what_the_threads_are_doing() -> None:
+    """Who calls run() frees what they use as soon as it is left."""
+    members: list[threading.Thread] = []
+    working = threading.Barrier(3, action=lambda: members.extend(threading.enumerate()[-3:]))
+    done: list[int] = []
+    enough = threading.Event()
+    # As long as a call of the system or of a library may still take
+    crew = parallel.Crew(threading.Timer(0.2, enough.set).start)
+
+    def work() -> None:
+        if working.wait(PATIENCE) == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        # The first is the one that the main thread waits for as the signal comes
+        if threading.current_thread() is members[0]:
+            assert enough.wait(PATIENCE)
+        done.append(1)
+
+    with pytest.raises(_Interrupted):
+        crew.run(work, 3)
+    assert len(done) == 3
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_while_a_thread_is_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is alive already, and does not say so yet."""
+    done: list[int] = []
+    crew = parallel.Crew(_nothing)
+    set_ident = threading.Thread._set_ident
+
+    def starting(thread: threading.Thread) -> None:
+        set_ident(thread)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert crew._stop.wait(PATIENCE)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "_set_ident", starting)
+        with pytest.raises(_Interrupted):
+            crew.run(lambda: done.append(1), 2)
+    assert not done
 
 
 def test_stop_is_told_once() -> None:
