@@ -133,7 +133,8 @@ def files_of_git(session: nox.Session) -> list[str]:
 
 def run_pytest(session: nox.Session, *args: str) -> None:
     """Run pytest and count its tests. One that hangs fails, with the place where it hangs."""
-    options = ["-q", "-p", "no:cacheprovider", f"--timeout={TEST_SECONDS}"]
+    # Disks of tests that passed, kept for five Pythons, once filled the disk of CI.
+    options = ["-q", "-p", "no:cacheprovider", f"--timeout={TEST_SECONDS}", "-o", "tmp_path_retention_policy=failed"]
     report = pathlib.Path(session.create_tmp(), "junit.xml")
     report.unlink(missing_ok=True)
     with Tally(session) as tally:

@@ -29,6 +29,8 @@ import uuid
 
 TIMEOUT = 60
 """Seconds that the cluster may take until its OSD is up. It takes 3 on an idle machine."""
+ANSWER_TIMEOUT = 10
+"""Seconds until a question is asked again."""
 _POLL = 0.1
 
 CONF = """\
@@ -48,7 +50,7 @@ admin socket = {folder}/$name.asok
 pid file = {folder}/$name.pid
 log file = {folder}/$name.log
 crash dir = {folder}
-mon data avail crit = 1
+mon data avail crit = -1
 rbd default features = {features}
 [mon.a]
 mon data = {folder}/mon
@@ -60,6 +62,7 @@ osd memory target = 939524096
 osd class update on start = false
 osd crush update on start = false
 """
+# A monitor refuses to start where no more of the file system is free than "mon data avail crit", in whole percent.
 # An OSD that asks the monitor for something as it starts now and then does so before it knows the fsid of its cluster:
 # then it is refused, and ends.
 FEATURES = 1 + 4 + 8 + 16
@@ -78,11 +81,17 @@ class Cluster:
         self.folder = folder.resolve()
         self.conf = self.folder / "ceph.conf"
         self._guard = [] if outlive else ["setpriv", "--pdeathsig", "KILL"]
+        self._daemons: list[subprocess.Popen[bytes]] = []
 
-    def run(self, *command: str) -> str:
+    def run(self, *command: str, timeout: float = TIMEOUT) -> str:
         """Run one of Ceph's tools. Raises: ClusterError."""
         environment = {**os.environ, "CEPH_CONF": str(self.conf), "CEPH_ARGS": ""}
-        done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=TIMEOUT)
+        try:
+            done = subprocess.run(
+                command, check=False, capture_output=True, text=True, env=environment, timeout=timeout
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ClusterError(f"{' '.join(command)} gave no answer in {timeout} seconds") from error
         if done.returncode:
             raise ClusterError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr.strip()}")
         return done.stdout
@@ -112,11 +121,13 @@ class Cluster:
         deadline = time.monotonic() + TIMEOUT
         while True:
             try:
-                answer = self.run(*command)
+                answer = self.run(*command, timeout=ANSWER_TIMEOUT)
                 if words in answer:
                     return
             except ClusterError as error:
                 answer = str(error)
+            if any(daemon.poll() is not None for daemon in self._daemons):
+                raise ClusterError(f"a daemon has ended:\n{self._ends_of_logs()}")
             if time.monotonic() > deadline:
                 raise ClusterError(f"no {words!r} after {TIMEOUT} seconds: {answer}\n{self._ends_of_logs()}")
             time.sleep(_POLL)
@@ -135,6 +146,7 @@ class Cluster:
                 stderr=log,
                 start_new_session=True,
             )
+        self._daemons.append(process)
         (self.folder / f"{command[0]}.started").write_text(f"{process.pid}\n", encoding="ascii")
 
     def stop(self) -> None:
