@@ -139,7 +139,7 @@ def test_an_interrupt_while_a_thread_is_starting(monkeypatch: pytest.MonkeyPatch
     """It is alive already, and does not say so yet."""
     done: list[int] = []
     crew = parallel.Crew(_nothing)
-    set_ident = threading.Thread._set_ident
+    set_ident = vars(threading.Thread)["_set_ident"]
 
     def starting(thread: threading.Thread) -> None:
         set_ident(thread)
