@@ -108,7 +108,7 @@ def create(
                 source.check_unchanged()
             return Created(reason is not None, reason, elapsed=time.monotonic() - began, is_new=is_new)
         writer = _Writer(headed, sources, new_uuid, integrity == "sha256", bytes_per_second)
-        pending = PendingFile(dest)
+        pending = PendingFile(dest, may_replace=overwrite != "never")
         stack.callback(pending.discard)
         if overwrite == "never" and os.path.lexists(dest):
             return Created(False, None)
@@ -120,9 +120,8 @@ def create(
             drop_behind(source.fd, 0, 0)
         pending.sync()
         drop_behind(pending.fd, 0, 0)
-        if overwrite == "never" and os.path.lexists(dest):
+        if not pending.commit():
             return Created(False, None)
-        pending.commit()
         return Created(True, reason, writer.read_bytes, writer.data_bytes, time.monotonic() - began, is_new)
 
 

@@ -158,6 +158,7 @@ class _Job:
         self._src = src
         self._dest = dest
         self._overwrite = overwrite
+        self._may_replace = overwrite != "never"
         self._in_place = in_place
         self._bytes_per_second = bytes_per_second
         self._threads = threads
@@ -387,10 +388,12 @@ class _Job:
         if targets or (self._asked_for_all and not self._plans):
             self._write_devices(plans, targets)
         self._refuse_used_targets()
-        for target in targets.values():
-            target.commit()
-        for file in pending:
-            file.commit()
+        for plan in plans:
+            if not targets[plan.device.dev_id].commit():
+                plan.target.changed, plan.target.reason, plan.target.is_new = False, None, False
+                plan.target.written_bytes = 0
+        for config, file in zip(configs, pending):
+            config.changed = file.commit()
 
     def _make_folder(self) -> None:
         if os.path.isdir(self._dest):
@@ -411,16 +414,16 @@ class _Job:
         if self._is_patched_in_place(plan):
             target = open_patch(path, plan.device.size)
         elif plan.target.format != "raw":
-            target = _ConvertedFile(path, plan.target.format)
+            target = _ConvertedFile(path, plan.target.format, may_replace=self._may_replace)
         elif plan.present is not None and self._overwrite == "changed":
             target = clone_for_patch(path, plan.device.size)
         if target is None:
-            target = NewFile(path)
+            target = NewFile(path, may_replace=self._may_replace)
         self.stack.callback(target.discard)
         return target
 
     def _write_config(self, config: ExtractedConfig) -> PendingFile:
-        pending = PendingFile(config.path)
+        pending = PendingFile(config.path, may_replace=self._may_replace)
         self.stack.callback(pending.discard)
         pending.write(0, config.data)
         pending.sync()
@@ -467,8 +470,8 @@ class _Job:
 class _ConvertedFile(NewFile):
     """A target in another format than raw: written raw to a file that never gets a name, then converted."""
 
-    def __init__(self, path: str, image_format: str) -> None:
-        self._final = PendingFile(path)
+    def __init__(self, path: str, image_format: str, *, may_replace: bool) -> None:
+        self._final = PendingFile(path, may_replace=may_replace)
         try:
             super().__init__(path + ".raw")
         except BaseException:
@@ -482,10 +485,10 @@ class _ConvertedFile(NewFile):
         qemu.convert(self.pending.path, "raw", self._final.path, self._format)
         self._final.sync()
 
-    def commit(self) -> None:
+    def commit(self) -> bool:
         """See Target."""
         self.pending.discard()
-        self._final.commit()
+        return self._final.commit()
 
     def discard(self) -> None:
         """See Target."""

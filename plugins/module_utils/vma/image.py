@@ -258,8 +258,8 @@ class Target(t.Protocol):
     def finish(self, size: int) -> None:
         """Give a file its size and bring all to disk. Raises: TargetError."""
 
-    def commit(self) -> None:
-        """Give the file its name. Raises: TargetError."""
+    def commit(self) -> bool:
+        """Give the file its name. Returns False where it may not replace what has it by now. Raises: TargetError."""
 
     def discard(self) -> None:
         """Undo what can be undone, unless it was committed. May be called more than once."""
@@ -268,9 +268,9 @@ class Target(t.Protocol):
 class NewFile:
     """A target that does not exist yet: sparse, with holes wherever nothing is written."""
 
-    def __init__(self, path: str) -> None:
-        """Raises: TargetError, BusyError."""
-        self.pending = PendingFile(path)
+    def __init__(self, path: str, *, may_replace: bool = True) -> None:
+        """C(may_replace) is as for PendingFile. Raises: TargetError, BusyError."""
+        self.pending = PendingFile(path, may_replace=may_replace)
 
     def write(self, view: memoryview, offset: int) -> int:
         """See Target."""
@@ -287,9 +287,9 @@ class NewFile:
             os.ftruncate(self.pending.fd, size)
         self.pending.sync()
 
-    def commit(self) -> None:
+    def commit(self) -> bool:
         """See Target."""
-        self.pending.commit()
+        return self.pending.commit()
 
     def discard(self) -> None:
         """See Target."""
@@ -340,12 +340,12 @@ class Patch:
                 os.ftruncate(self.image.fd, size)
             os.fsync(self.image.fd)
 
-    def commit(self) -> None:
+    def commit(self) -> bool:
         """See Target."""
         if self._pending is not None:
-            self._pending.commit()
-        else:
-            self.image.close()
+            return self._pending.commit()
+        self.image.close()
+        return True
 
     def discard(self) -> None:
         """See Target."""

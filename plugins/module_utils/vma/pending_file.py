@@ -25,6 +25,8 @@ LOCK_TIMEOUT = 60.0
 """Seconds to wait for the lock of a folder, which our own runs hold only while they look for leftovers."""
 _LOCK_POLL = 0.05
 _SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
+"""What file systems say that know no second names, as FAT and some of FUSE and of networks do."""
 _LABEL = "security.selinux"
 _ACCESS_LIST = "system.posix_acl_access"
 
@@ -86,9 +88,13 @@ class PendingFile:
 
     _SUFFIX = ".vma-part"
 
-    def __init__(self, dest: str) -> None:
-        """Raises: BusyError where another run writes C(dest); TargetError, SpaceError."""
+    def __init__(self, dest: str, *, may_replace: bool = True) -> None:
+        """C(may_replace) says whether the file may take the place of one that is at C(dest) when it is committed.
+
+        Raises: BusyError where another run writes C(dest); TargetError, SpaceError.
+        """
         self.dest = dest
+        self._may_replace = may_replace
         self._folder = os.path.dirname(os.path.abspath(dest))
         self._fd: int | None = None
         name = os.path.basename(dest)
@@ -167,19 +173,43 @@ class PendingFile:
         with target_errors(self.dest):
             os.fsync(self.fd)
 
-    def commit(self) -> None:
+    def commit(self) -> bool:
         """Give the file its name, in place of what has it now, whose owner, mode and label it takes over.
+
+        Where nothing may be replaced and something has the name by now, that stays. Returns whether it got its name.
 
         Raises: TargetError, SpaceError; the old file is then untouched.
         """
         with target_errors(self.dest):
-            self._adopt_attributes()
+            if self._may_replace:
+                self._adopt_attributes()
             os.fsync(self.fd)
-            os.rename(self.path, self.dest)
+            if self._may_replace:
+                os.rename(self.path, self.dest)
+            elif not self._rename_to_new():
+                return False
             unfinished.pop(self.path, None)
             fd, self._fd = self.fd, None  # an interrupt must not have it closed twice
             os.close(fd)
             sync_folder(self._folder)
+        return True
+
+    def _rename_to_new(self) -> bool:
+        try:
+            os.link(self.path, self.dest)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+        else:
+            os.unlink(self.path)
+            return True
+        # Without links there is a moment between this look and the name.
+        if os.path.lexists(self.dest):
+            return False
+        os.rename(self.path, self.dest)
+        return True
 
     def _adopt_attributes(self) -> None:
         try:

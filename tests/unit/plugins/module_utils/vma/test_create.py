@@ -57,6 +57,14 @@ def dest(tmp_path: pathlib.Path) -> pathlib.Path:
     return folder / "a.vma"
 
 
+@pytest.fixture
+def qcow2(source: pathlib.Path, tmp_path: pathlib.Path) -> SourceDevice:
+    path = tmp_path / "disk.qcow2"
+    tool = helpers.need_tool("qemu-img")
+    subprocess.run([tool, "convert", "-f", "raw", "-O", "qcow2", str(source), str(path)], check=True)
+    return SourceDevice(DISK, str(path), "qcow2")
+
+
 def _device(path: pathlib.Path | str, name: str = DISK) -> SourceDevice:
     return SourceDevice(name, str(path))
 
@@ -138,27 +146,20 @@ def test_block_device(make_loop: MakeLoop, dest: pathlib.Path, tmp_path: pathlib
     assert not create.create(str(dest), [_device(device)]).changed
 
 
-def test_qcow2(source: pathlib.Path, dest: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    tool = helpers.need_tool("qemu-img")
-    path = tmp_path / "disk.qcow2"
-    subprocess.run([tool, "convert", "-f", "raw", "-O", "qcow2", str(source), str(path)], check=True)
-    device = SourceDevice(DISK, str(path), "qcow2")
-    create.create(str(dest), [device])
+def test_qcow2(qcow2: SourceDevice, dest: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    create.create(str(dest), [qcow2])
     assert _content(dest, tmp_path) == CONTENT
-    assert not create.create(str(dest), [device]).changed
+    assert not create.create(str(dest), [qcow2]).changed
     assert helpers.files_below(dest.parent) == ["a.vma"]
 
 
 def test_qcow2_converted_where_there_is_no_daemon(
-    source: pathlib.Path, dest: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    qcow2: SourceDevice, dest: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tool = helpers.need_tool("qemu-img")
-    path = tmp_path / "disk.qcow2"
-    subprocess.run([tool, "convert", "-f", "raw", "-O", "qcow2", str(source), str(path)], check=True)
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "qemu-img").symlink_to(tool)
+    (tmp_path / "bin" / "qemu-img").symlink_to(helpers.need_tool("qemu-img"))
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    create.create(str(dest), [SourceDevice(DISK, str(path), "qcow2")])
+    create.create(str(dest), [qcow2])
     assert _content(dest, tmp_path) == CONTENT
     assert os.listdir(dest.parent) == ["a.vma"]
 
@@ -735,21 +736,18 @@ def test_another_integrity_is_a_difference_without_devices_too(dest: pathlib.Pat
 
 
 def test_a_qcow2_that_changes_meanwhile_leaves_the_old_archive(
-    source: pathlib.Path, dest: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    qcow2: SourceDevice, dest: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tool = helpers.need_tool("qemu-img")
-    path = tmp_path / "disk.qcow2"
-    subprocess.run([tool, "convert", "-f", "raw", "-O", "qcow2", str(source), str(path)], check=True)
     dest.write_bytes(b"the old archive")
     real = create._Writer.write
 
     def write(writer: create._Writer, sink: archive_file.Sink, header: bytes, threads: int) -> None:
         real(writer, sink, header, threads)
-        os.utime(path, ns=(0, 0))
+        os.utime(qcow2.path, ns=(0, 0))
 
     monkeypatch.setattr(create._Writer, "write", write)
     with pytest.raises(errors.SourceError, match="no single instant"):
-        create.create(str(dest), [SourceDevice(DISK, str(path), "qcow2")])
+        create.create(str(dest), [qcow2])
     assert dest.read_bytes() == b"the old archive"
     assert os.listdir(dest.parent) == [dest.name]
 
@@ -767,18 +765,18 @@ def test_data_that_appears_in_holes(
     assert os.listdir(dest.parent) == []
 
 
-@pytest.mark.parametrize("where", ["open_source", "PendingFile", "open_sink"])
+@pytest.mark.parametrize("where", ["open_source", "PendingFile", "open_sink", "drop_behind"])
 def test_a_file_that_appears_meanwhile_is_never_overwritten(
     where: str, source: pathlib.Path, dest: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = getattr(create, where)
 
-    def appear_first(*args: t.Any) -> t.Any:
+    def appear_first(*args: t.Any, **options: t.Any) -> t.Any:
         dest.write_bytes(b"another's")
-        return real(*args)
+        return real(*args, **options)
 
     monkeypatch.setattr(create, where, appear_first)
-    if where != "open_sink":  # nothing is read and compressed for nothing
+    if where in ("open_source", "PendingFile"):  # nothing is read and compressed for nothing
         monkeypatch.setattr(create._Writer, "write", None)
     assert not create.create(str(dest), [_device(source)], overwrite="never").changed
     assert dest.read_bytes() == b"another's"

@@ -29,6 +29,7 @@ from ansible_collections.vmbackup.vma.plugins.module_utils.vma import (
     extract,
     image,
     parallel,
+    reader,
 )
 from ansible_collections.vmbackup.vma.plugins.module_utils.vma.extract import DeviceRequest
 from ansible_collections.vmbackup.vma.tests.unit.plugins.module_utils.vma import helpers
@@ -208,6 +209,28 @@ def test_never(src: str, dest: pathlib.Path) -> None:
     assert not done.configs[0].changed
     assert (dest / NAMES[1]).read_bytes() == (dest / NAMES[2]).read_bytes() == b"mine"
     assert (dest / NAMES[0]).read_bytes() == IMAGES[EFI]
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+def test_a_file_that_appears_meanwhile_is_never_overwritten(
+    image_format: str, src: str, dest: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if image_format != "raw":
+        helpers.need_tool("qemu-img")
+    disk, config = dest / f"disk-{DISK}.{image_format}", dest / NAMES[2]
+    real = reader.Reader.scan
+
+    def appear_last(*args: t.Any, **options: t.Any) -> None:
+        real(*args, **options)
+        disk.write_bytes(b"another's")
+        config.write_bytes(b"another's")
+
+    monkeypatch.setattr(reader.Reader, "scan", appear_last)
+    done = extract.extract(src, str(dest), devices=[DeviceRequest(DISK, format=image_format)], overwrite="never")
+    assert [(item.changed, item.is_new) for item in done.devices] == [(False, False)]
+    assert not done.configs[0].changed
+    assert disk.read_bytes() == config.read_bytes() == b"another's"
+    assert helpers.files_below(dest) == sorted([disk.name, config.name])
 
 
 def test_always(src: str, dest: pathlib.Path) -> None:

@@ -38,6 +38,43 @@ def test_it_appears_at_its_end(tmp_path: pathlib.Path) -> None:
         pending.write(0, b"x")
 
 
+@pytest.mark.parametrize("number", [0, errno.EPERM, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("there", [None, "file", "link"])
+def test_it_replaces_nothing_if_it_may_not(
+    there: str | None, number: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C(number) is what a file system says that has no links."""
+
+    def refuse(*_names: str) -> None:
+        raise OSError(number, os.strerror(number))
+
+    if number:
+        monkeypatch.setattr(os, "link", refuse)
+    dest = tmp_path / "file"
+    pending = pending_file.PendingFile(str(dest), may_replace=False)
+    pending.write(0, b"new")
+    if there == "file":
+        dest.write_bytes(b"another's")
+    elif there == "link":
+        dest.symlink_to("nowhere")
+    assert pending.commit() == (there is None)
+    pending.discard()
+    assert os.listdir(tmp_path) == ["file"]
+    assert dest.is_symlink() if there == "link" else dest.read_bytes() == (b"another's" if there else b"new")
+
+
+def test_what_else_a_link_says_is_an_error(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_names: str) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "link", refuse)
+    pending = pending_file.PendingFile(str(tmp_path / "file"), may_replace=False)
+    with pytest.raises(errors.TargetError, match="Input/output error"):
+        pending.commit()
+    pending.discard()
+    assert os.listdir(tmp_path) == []
+
+
 def test_the_mode_is_closed_whatever_the_umask(tmp_path: pathlib.Path) -> None:
     before = os.umask(0)
     try:
