@@ -22,7 +22,16 @@ from . import layout, qemu
 from .archive_file import usable_cpus
 from .compare import differing
 from .errors import ArchiveError, Problem, RequestError, SpaceError, TargetError, ToolError
-from .image import NewFile, SourceImage, Target, check_block_size, clone_for_patch, open_patch, refuse_used
+from .image import (
+    NewFile,
+    SourceImage,
+    Target,
+    check_block_size,
+    clone_for_patch,
+    has_live_times,
+    open_patch,
+    refuse_used,
+)
 from .layout import Config, Device, Header, Segment
 from .pending_file import PendingFile, sync_folder, target_errors
 from .reader import Reader
@@ -498,7 +507,8 @@ class _ConvertedFile(NewFile):
 
 def _identity(reader: Reader) -> tuple[Header, int, int]:
     """What tells an archive from another one. Inode numbers do not: some network file systems change them."""
-    return reader.header, reader.file_size, reader.modified
+    modified = 0 if has_live_times(reader.status) else reader.status.st_mtime_ns
+    return reader.header, reader.file_size, modified
 
 
 def _pass_names(problem: Problem) -> None:

@@ -212,7 +212,7 @@ class SourceImage(Image):
             )
         super().__init__(path, fd, _size_of(fd, status), is_block)
         self._original = original
-        times_tell = not is_block and original is None and not _has_live_times(status)
+        times_tell = not is_block and original is None and not has_live_times(status)
         self._modified = status.st_mtime_ns if times_tell else None
 
     def check_unchanged(self) -> None:
@@ -235,7 +235,7 @@ class SourceImage(Image):
             )
 
 
-def _has_live_times(status: os.stat_result) -> bool:
+def has_live_times(status: os.stat_result) -> bool:
     """Whether the file is on FUSE, where QEMU's exports give the present time as the time of the last change."""
     device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
     with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
@@ -521,6 +521,7 @@ __all__ = (
     "check_unused",
     "clone_for_patch",
     "drop_behind",
+    "has_live_times",
     "open_patch",
     "refuse_used",
 )

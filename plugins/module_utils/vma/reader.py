@@ -80,9 +80,8 @@ class Reader:
         self._fd = open_archive(path)
         self._stream: Stream | None = None
         try:
-            status = os.fstat(self._fd)
-            self.file_size = status.st_size
-            self.modified = status.st_mtime_ns
+            self.status = os.fstat(self._fd)
+            self.file_size = self.status.st_size
             self._stream = open_stream(self._fd)
             self.header = self._read_header(self._stream)
         except BaseException as error:

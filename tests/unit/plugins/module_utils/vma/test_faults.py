@@ -462,6 +462,27 @@ def test_a_disk_behind_a_header_that_cannot_be_read(bad_storage: BadStorage, tmp
     assert (tmp_path / "out" / "disk-efi.raw").read_bytes() == images["efi"]
 
 
+def test_an_archive_whose_time_goes_on(
+    bad_storage: BadStorage, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU gives the present time as that of the last change, which does not make an archive another one."""
+    image = helpers.make_image(26 * CLUSTER, zero=0)
+    path = tmp_path / "a.vma"
+    path.write_bytes(helpers.build_archive({"efi": image}).join())
+    view = bad_storage(path, path.stat().st_size)
+    real = extract._Job.look_at_targets
+
+    def look_later(job: extract._Job) -> None:
+        began = os.stat(view).st_mtime_ns
+        while os.stat(view).st_mtime_ns == began:
+            time.sleep(0.05)
+        real(job)
+
+    monkeypatch.setattr(extract._Job, "look_at_targets", look_later)
+    extract.extract(view, str(tmp_path / "out"))
+    assert (tmp_path / "out" / "disk-efi.raw").read_bytes() == image
+
+
 @pytest.mark.parametrize("way", ["gzip", "zstd", "zstd's command", "bzip2", "lzop"])
 def test_a_compressed_archive_that_cannot_be_read(
     way: str, bad_storage: BadStorage, tmp_path: pathlib.Path, request: pytest.FixtureRequest
