@@ -758,7 +758,7 @@ def test_data_that_appears_in_holes(
     """Where a file's times tell nothing, the extents without data share a buffer that has no room for it."""
     path = tmp_path / "disk.raw"
     path.write_bytes(b"x" * (3 * 59 * CLUSTER))
-    monkeypatch.setattr(image, "_has_live_times", lambda _status: True)
+    monkeypatch.setattr(image, "has_live_times", lambda _status: True)
     monkeypatch.setattr(create._Writer, "_is_hole", lambda _writer, _runs: True)
     with pytest.raises(errors.SourceError, match=f"data appeared in a hole at offset {59 * CLUSTER}"):
         create.create(str(dest), [_device(path)], threads=1)
