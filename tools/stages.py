@@ -24,8 +24,11 @@ CACHE = ROOT / ".nox" / ".cache"
 
 LOGS = CACHE / "logs"
 
-# Stages that wait for guests and hosts most of the time run beside the others.
-WAITING = ("molecule",)
+# How many run at the same time: more would slow down guests that are emulated, and have to answer in time.
+AT_ONCE = 2
+
+# What takes longest begins first, so that nothing else has to wait for it at the end.
+FIRST = ("molecule",)
 
 # Stages that run only when they are named, and why.
 LEFT_OUT = {
@@ -93,7 +96,7 @@ def choose(wanted: list[str]) -> list[str]:
 
 
 def run(stages: list[str], args: list[str]) -> list[Stage]:
-    """Run the stages and return what became of them: one after the other, and beside them those that mostly wait.
+    """Run the stages, some at the same time, and return what became of them, in their order.
 
     A single stage prints as it goes. Of several, each prints a line at its end, and the log of one that failed follows
     at the end of all, where a reader of a long output looks first.
@@ -103,21 +106,18 @@ def run(stages: list[str], args: list[str]) -> list[Stage]:
         leftover.unlink()
     if len(stages) == 1:
         return [run_stage(stages[0], args, None)]
-    lanes = [[name for name in stages if (name in WAITING) is waits] for waits in (True, False)]
     running: set[str] = set()
     failed: list[str] = []
 
-    def run_lane(lane: list[str]) -> list[Stage]:
-        done = []
-        for name in lane:
-            running.add(name)
-            with (LOGS / name).open("w", encoding="utf-8") as log:
-                done.append(run_stage(name, args, log))
-            running.discard(name)
-            if done[-1].failed:
-                failed.append(name)
-            print(done[-1].line(), flush=True)
-        return done
+    def run_with_log(name: str) -> Stage:
+        running.add(name)
+        with (LOGS / name).open("w", encoding="utf-8") as log:
+            stage = run_stage(name, args, log)
+        running.discard(name)
+        if stage.failed:
+            failed.append(name)
+        print(stage.line(), flush=True)
+        return stage
 
     def end(number: int, _frame: object) -> None:
         show_logs([*failed, *sorted(running)])
@@ -126,10 +126,10 @@ def run(stages: list[str], args: list[str]) -> list[Stage]:
         os._exit(1)
 
     signal.signal(signal.SIGTERM, end)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        waiting, others = pool.map(run_lane, lanes)
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+        done = list(pool.map(run_with_log, sorted(stages, key=lambda name: name not in FIRST)))
     show_logs(failed)
-    return [*others, *waiting]
+    return done
 
 
 def run_stage(name: str, args: list[str], log: t.TextIO | None) -> Stage:
