@@ -296,9 +296,15 @@ class _Job:
         self._refuse_used_targets()
 
     def _refuse_used_targets(self) -> None:
-        """See that no VM uses a file that is to be replaced. What is patched is looked at when it is opened."""
+        """See that no VM uses what is to be replaced. What is patched is looked at when it is opened to be written."""
         for plan in self._plans:
-            if plan.target.changed and not plan.target.is_new and not self._is_patched_in_place(plan):
+            if plan.target.is_new:
+                continue
+            if self._is_patched_in_place(plan):
+                concerns = self._dry_run and self._overwrite != "never"
+            else:
+                concerns = plan.target.changed
+            if concerns:
                 refuse_used(plan.target.path)
 
     def _is_patched_in_place(self, plan: _Plan) -> bool:

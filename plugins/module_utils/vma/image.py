@@ -403,12 +403,14 @@ def _punch_hole(fd: int, offset: int, length: int) -> bool:
 
 
 def refuse_used(path: str) -> None:
-    """See that no VM uses the file at C(path), which is to be replaced: it would go on with the old one, unseen.
+    """See that no VM uses the file or block device at C(path), and that no file system lies mounted on it.
+
+    A VM would go on with a file that was replaced, unseen.
 
     Raises: TargetError.
     """
     try:
-        fd, _status = _open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        fd, _status = _open_unused(path, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:
         return  # what is gone is used by nobody, and of what may not be read the locks cannot be asked for
     try:
@@ -420,6 +422,19 @@ def refuse_used(path: str) -> None:
 def _refuse_used(fd: int, path: str) -> None:
     if not check_unused(fd, to_write=True):
         raise TargetError("a running VM uses this image", file=path, remedy="Stop the VM, or name another target.")
+
+
+def _open_unused(path: str, flags: int) -> tuple[int, os.stat_result]:
+    """Raises: TargetError where it is a block device that is mounted, or part of a volume group or array."""
+    exclusive = os.O_EXCL if stat.S_ISBLK(os.stat(path).st_mode) else 0
+    try:
+        return _open(path, flags | exclusive)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise TargetError(
+                "the block device is in use", file=path, remedy="Unmount it, and stop the VM that uses it."
+            ) from error
+        raise
 
 
 def check_block_size(path: str, size: int) -> None:
@@ -448,17 +463,7 @@ def open_patch(path: str, size: int) -> Patch:
     Raises: TargetError where a block device is smaller, or is in use.
     """
     with target_errors(path):
-        status = os.stat(path)
-        # With O_EXCL a block device that is mounted, or part of a volume group or array, cannot be opened.
-        exclusive = os.O_EXCL if stat.S_ISBLK(status.st_mode) else os.O_NOFOLLOW
-        try:
-            fd, status = _open(path, os.O_RDWR | exclusive)
-        except OSError as error:
-            if error.errno == errno.EBUSY:
-                raise TargetError(
-                    "the block device is in use", file=path, remedy="Unmount it, and stop the VM that uses it."
-                ) from error
-            raise
+        fd, status = _open_unused(path, os.O_RDWR | os.O_NOFOLLOW)
     try:
         is_block = stat.S_ISBLK(status.st_mode)
         if not is_block and not stat.S_ISREG(status.st_mode):

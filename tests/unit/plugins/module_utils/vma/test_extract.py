@@ -440,7 +440,10 @@ def test_block_device_that_is_too_small(make_loop: MakeLoop, src: str, dest: pat
         assert file.read().strip(b"\xee") == b""
 
 
-def test_block_device_that_is_in_use(make_loop: MakeLoop, src: str, dest: pathlib.Path, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("dry_run", [False, True], ids=["write", "check"])
+def test_block_device_that_is_in_use(
+    dry_run: bool, make_loop: MakeLoop, src: str, dest: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     helpers.need_tool("mkfs.ext4")
     device = make_loop(len(IMAGES[DISK]))
     subprocess.run(["mkfs.ext4", "-q", device], check=True)
@@ -449,7 +452,7 @@ def test_block_device_that_is_in_use(make_loop: MakeLoop, src: str, dest: pathli
     subprocess.run(["mount", device, str(folder)], check=True)
     try:
         with pytest.raises(errors.TargetError, match="in use"):
-            extract.extract(src, str(dest), devices=[DeviceRequest(DISK, device)])
+            extract.extract(src, str(dest), devices=[DeviceRequest(DISK, device)], dry_run=dry_run)
     finally:
         subprocess.run(["umount", str(folder)], check=True)
 
@@ -933,6 +936,16 @@ def test_the_image_of_a_running_vm_is_not_replaced(
     request = [DeviceRequest(DISK, str(target), image_format)]
     with _used_by_qemu(target), pytest.raises(errors.TargetError, match="a running VM uses this image"):
         extract.extract(src, str(tmp_path), devices=request, overwrite="always", dry_run=dry_run)
+    assert target.read_bytes() == b"in use"
+
+
+@pytest.mark.parametrize("dry_run", [False, True], ids=["write", "check"])
+def test_the_image_of_a_running_vm_is_not_patched(dry_run: bool, src: str, tmp_path: pathlib.Path) -> None:
+    target = tmp_path / "disk"
+    target.write_bytes(b"in use")
+    request = [DeviceRequest(DISK, str(target))]
+    with _used_by_qemu(target), pytest.raises(errors.TargetError, match="a running VM uses this image"):
+        extract.extract(src, str(tmp_path), devices=request, in_place=True, dry_run=dry_run)
     assert target.read_bytes() == b"in use"
 
 
