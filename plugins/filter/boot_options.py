@@ -15,8 +15,8 @@ author:
 description:
   - Derive the options of M(vmbackup.vma.vm_boot) from the C(qemu-server.conf) of an archive, and from where its devices
     were extracted to.
-  - The disks come in the boot order of the configuration. The present form of C(boot) is known, the older one with
-    C(bootdisk), and what Proxmox VE does without either.
+  - The disks come in the boot order of the configuration, and the firmware tries only those that it names. The present
+    form of C(boot) is known, the older one with C(bootdisk), and what Proxmox VE does without either.
 positional: _input, devices
 options:
   _input:
@@ -79,6 +79,7 @@ _value:
         - path: /srv/drill/web/disk-drive-scsi0.raw
           format: raw
           bus: scsi
+          boot: true
     firmware:
       description: V(bios) or V(uefi).
       type: str

@@ -68,6 +68,13 @@ options:
         type: str
         choices: [virtio, scsi, sata, ide]
         default: virtio
+      boot:
+        description:
+          - Whether the firmware may boot from the disk, as it may from those that C(boot) in C(qemu-server.conf) names.
+          - Say V(false) for what is not to boot, such as the disk of an old system, else UEFI boots that where the
+            right one is broken, and the guest seems to be alive.
+        type: bool
+        default: true
   firmware:
     description:
       - V(bios) is SeaBIOS, V(uefi) is OVMF; in C(qemu-server.conf) they are called C(seabios) and C(ovmf).
@@ -317,6 +324,7 @@ DISK_SPEC: dict[str, t.Any] = {
     "path": {"type": "path", "required": True},
     "format": {"type": "str", "choices": list(FORMATS), "default": "raw"},
     "bus": {"type": "str", "choices": list(BUSES), "default": "virtio"},
+    "boot": {"type": "bool", "default": True},
 }
 ARGUMENT_SPEC: dict[str, t.Any] = {
     "disks": {"type": "list", "elements": "dict", "required": True, "options": DISK_SPEC},

@@ -50,9 +50,10 @@ def boot_options(guest: Guest, images: t.Mapping[str, Image]) -> dict[str, t.Any
     card = guest.nics[0].model if guest.nics else "virtio"
     if card not in NETWORK_CARDS:
         card = _DEFAULT_CARD
+    tried = {drive.name for drive in drives if drive.name in guest.boot} or {drive.name for drive in drives}
     return {
         "disks": [
-            {"path": image.path, "format": image.format, "bus": drive.bus}
+            {"path": image.path, "format": image.format, "bus": drive.bus, "boot": drive.name in tried}
             for drive in drives
             for image in [images[t.cast(str, drive.device)]]
         ],

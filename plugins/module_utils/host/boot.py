@@ -132,6 +132,7 @@ def plan(request: Request) -> Plan:
         memory=memory,
         cores=cores,
         buses=[disk.bus for disk in request.disks],
+        not_booted=[number for number, disk in enumerate(request.disks) if not disk.boot],
         scsi_controller=request.scsi_controller,
         network_card=request.network_card,
         port=request.expect_port,

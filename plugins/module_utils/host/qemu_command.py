@@ -39,11 +39,12 @@ AGENT_BUS = "agent-bus.0"
 
 @dataclasses.dataclass(frozen=True)
 class Disk:
-    """A disk of the guest: an image or a block device."""
+    """A disk of the guest: an image or a block device. The firmware tries it if C(boot)."""
 
     path: str
     format: str = "raw"
     bus: str = "virtio"
+    boot: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +68,16 @@ class Flash:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """The hardware, as far as it does not depend on the host. C(memory) is in MiB, C(port) one inside the guest."""
+    """The hardware, as far as it does not depend on the host. C(memory) is in MiB, C(port) one inside the guest.
+
+    C(not_booted) are disks that the firmware does not try, by their numbers from 0 on.
+    """
 
     type: str
     memory: int
     cores: int
     buses: t.Sequence[str]
+    not_booted: t.Collection[int] = ()
     scsi_controller: str = "virtio-scsi-pci"
     network_card: str = "virtio"
     port: int | None = None
@@ -152,7 +157,8 @@ def _disk_devices(machine: Machine) -> list[str]:
             controllers.append(f"{SCSI_CONTROLLERS[machine.scsi_controller]},id=scsi")
         if place == 0 and bus == "sata":
             controllers.append("ich9-ahci,id=sata")
-        disks.append(f"{_disk_device(machine, bus, place)},drive=disk{number},bootindex={number}")
+        index = "" if number in machine.not_booted else f",bootindex={number}"
+        disks.append(f"{_disk_device(machine, bus, place)},drive=disk{number}{index}")
     return controllers + disks
 
 

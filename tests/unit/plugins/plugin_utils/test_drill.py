@@ -108,7 +108,7 @@ def test_what_is_no_list_of_results(results: t.Any) -> None:
 def test_filters_take_what_vma_extract_returns() -> None:
     devices = [{"name": "drive-virtio0", "path": "/dev/vg0/web", "format": "raw", "size": 512, "changed": True}]
     assert boot_options("memory: 1024", devices)["disks"] == [
-        {"path": "/dev/vg0/web", "format": "raw", "bus": "virtio"}
+        {"path": "/dev/vg0/web", "format": "raw", "bus": "virtio", "boot": True}
     ]
     result = domain_xml("name: web", devices, name="copy", networks={"vmbr0": "default"}, keep_identity=False)
     assert result["name"] == "copy"

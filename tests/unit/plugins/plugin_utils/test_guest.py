@@ -115,6 +115,23 @@ def test_the_disks_come_in_the_order_in_which_they_boot(boot: str, first: list[s
     assert names == first + [drive for drive in drives if drive not in first]
 
 
+@pytest.mark.parametrize(
+    ("boot", "tried"),
+    [
+        ("boot: order=scsi1;net0", ["drive-scsi1"]),
+        ("boot: order=scsi1;scsi0", ["drive-scsi1", "drive-scsi0"]),
+        ("", ["drive-scsi0"]),
+        # Nothing that the archive holds is named: the VM would not boot at all
+        ("boot: order=scsi2", ["drive-scsi0", "drive-scsi1"]),
+    ],
+)
+def test_only_what_the_vm_boots_from_is_tried(boot: str, tried: list[str]) -> None:
+    devices = ["drive-scsi0", "drive-scsi1"]
+    options = boot_options(guest.parse(f"{boot}\nscsi0: a:b\nscsi1: a:c", devices), images(*devices))
+    assert [disk["path"] for disk in options["disks"] if disk["boot"]] == [f"/scratch/{name}.raw" for name in tried]
+    assert len(options["disks"]) == len(devices)
+
+
 def test_a_boot_disk_that_is_not_in_the_archive_is_named() -> None:
     vm = guest.parse("boot: order=scsi0\nscsi0: a:b,backup=0\nscsi1: a:c", ["drive-scsi1"])
     assert "the VM boots from scsi0, and the archive holds none of these" in vm.missing

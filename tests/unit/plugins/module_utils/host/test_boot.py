@@ -171,6 +171,16 @@ def test_uefi_goes_on_to_the_next_disk(boot_disks_of: Boot, forge: Forge, tmp_pa
     assert "BdsDxe: failed to load" in outcome.console.text
 
 
+def test_uefi_leaves_alone_what_is_not_to_boot(boot_disks_of: Boot, forge: Forge, tmp_path: pathlib.Path) -> None:
+    """Else a disk that boots hides that the one before it does not."""
+    empty = tmp_path / "empty.raw"
+    empty.write_bytes(bytes(1 << 20))
+    other = Disk(str(forge.uefi()), boot=False)
+    _check_failed(
+        boot_disks_of(empty, other, firmware="uefi", machine="q35"), "no_boot_device", "BdsDxe: failed to load"
+    )
+
+
 def test_without_a_sign_a_login_prompt_is_waited_for(boot_disks_of: Boot, forge: Forge) -> None:
     outcome = boot_disks_of(forge.bios(), expect=None)
     assert outcome.failure is None

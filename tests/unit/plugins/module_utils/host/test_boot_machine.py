@@ -83,6 +83,14 @@ def test_disks_are_tried_in_their_order() -> None:
     ]
 
 
+def test_disks_that_are_not_to_boot_are_there_all_the_same() -> None:
+    options = _options(Machine("pc", 256, 1, ["virtio", "scsi"], not_booted=[0]))
+    assert [device for device in _values(options, "-device") if "drive=" in device] == [
+        "virtio-blk-pci,drive=disk0",
+        "scsi-hd,bus=scsi.0,scsi-id=0,drive=disk1,bootindex=1",
+    ]
+
+
 @pytest.mark.parametrize("name", SCSI_CONTROLLERS)
 def test_scsi_controllers(name: str) -> None:
     options = _options(Machine("pc", 256, 1, ["scsi", "scsi"], scsi_controller=name))
