@@ -34,7 +34,7 @@ NAMESPACE, NAME = "vmbackup", "vma"
 CODEC_TESTS = "tests/unit/plugins/module_utils/vma"
 HOST_TESTS = "tests/unit/plugins/module_utils/host"
 MODULE_TESTS = "tests/unit/plugins/modules"
-# No test takes half of it, on a machine as small as CI has.
+# No test takes half of it, on a machine as small as CI has. What waits for other tests has a limit of its own.
 TEST_SECONDS = 300
 SHEBANG = b"#!/usr/bin/env bash\n"
 VECTORS = pathlib.Path("tests/unit/vectors")

@@ -34,6 +34,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 IN_GUEST = "VMBACKUP_IN_STORAGE_GUEST"
 PLACE = "/root/ansible_collections/vmbackup/vma"
 SHIPPED = ("plugins/module_utils", "tests/machines", "extensions/molecule/tools/check_instant.py")
+RUN_SECONDS = 1200
+"""What the first test may take, which waits for all of them, and for the guest to be built."""
 WITH_ZFS = os.environ.get("VMBACKUP_STORAGE_ZFS") == "1"
 
 
@@ -55,6 +57,7 @@ class GuestItem(pytest.Item):
         super().__init__(**kwargs)
         self._run = run
         self._test = test
+        self.add_marker(pytest.mark.timeout(RUN_SECONDS))
 
     def runtest(self) -> None:
         """Fail or skip as the test did in the guest."""
