@@ -36,7 +36,7 @@ class Interrupted(BaseException):
 def _interruptible() -> t.Iterator[None]:
     """Raise Interrupted in the main thread when a signal comes: what is unfinished is then removed on the way out.
 
-    From then on signals are ignored until the process ends, which it is about to do.
+    From then on signals change nothing any more until the process ends, which it is about to do.
     """
     previous = {number: signal.getsignal(number) for number in _SIGNALS}
     # A signal that is ignored from outside, as by nohup, stays so.
@@ -44,9 +44,10 @@ def _interruptible() -> t.Iterator[None]:
     interrupted: list[int] = []
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
-        # A second signal must not end the cleaning up that the first one started.
-        for each in taken:
-            signal.signal(each, signal.SIG_IGN)
+        # A second signal must not end the cleaning up that the first one started. To have it ignored by SIG_IGN is no
+        # way: of one that has come already, and finds that in place of its handler, Python complains on stderr.
+        if interrupted:
+            return
         interrupted.append(number)
         raise Interrupted(number)
 
@@ -55,7 +56,10 @@ def _interruptible() -> t.Iterator[None]:
     try:
         yield
     finally:
-        if not interrupted:
+        if interrupted:
+            # Before Python ends it takes its handlers away, and a signal would end it then.
+            signal.pthread_sigmask(signal.SIG_BLOCK, taken)
+        else:
             for number in taken:
                 signal.signal(number, previous[number] or signal.SIG_DFL)
 

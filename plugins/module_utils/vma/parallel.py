@@ -10,9 +10,26 @@ Reading, writing, hashing and compressing release the interpreter's lock, so thr
 from __future__ import annotations
 
 import contextlib
+import signal
 import threading
 import time
 import typing as t
+
+_ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> t.Iterator[None]:
+    """Block the signals that ask to end, in threads that are started meanwhile for as long as they live.
+
+    They are for the main thread, which may have to block them itself to end in peace, while others are not gone yet.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Stopped(Exception):
@@ -42,8 +59,9 @@ class Crew:
     def _run_threads(self, work: t.Callable[[], None], threads: int) -> None:
         members = [threading.Thread(target=self._take_part, args=(work,), daemon=True) for _n in range(threads)]
         try:
-            for member in members:
-                member.start()
+            with _signals_held_back():
+                for member in members:
+                    member.start()
             for member in members:
                 member.join()
         except BaseException:  # an interrupt by a signal reaches the main thread here

@@ -165,6 +165,17 @@ def test_a_second_signal_does_not_end_the_cleaning_up(disk: str, folder: pathlib
     assert os.listdir(folder) == []
 
 
+def test_signals_that_come_at_once(disk: str, folder: pathlib.Path) -> None:
+    options = {"dest": str(folder / "a.vma"), "devices": [{"name": "disk", "path": disk}]}
+    process = _start("vma_create", options)
+    _wait_for_work(process, folder)
+    for number in (signal.SIGSTOP, *SIGNALS, signal.SIGCONT):
+        process.send_signal(number)
+    # The lowest, as Python looks through them by their numbers
+    _check_end(process, signal.SIGHUP)
+    assert os.listdir(folder) == []
+
+
 def test_a_closed_pipe(disk: str, folder: pathlib.Path) -> None:
     """Nobody is there any more to hear the result, as after a lost connection: the work is done all the same."""
     path = folder / "a.vma"
