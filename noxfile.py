@@ -34,6 +34,7 @@ NAMESPACE, NAME = "vmbackup", "vma"
 CODEC_TESTS = "tests/unit/plugins/module_utils/vma"
 HOST_TESTS = "tests/unit/plugins/module_utils/host"
 MODULE_TESTS = "tests/unit/plugins/modules"
+PLAYBOOK_TESTS = "tests/unit/playbooks"
 # No test takes half of it, on a machine as small as CI has. What waits for other tests has a limit of its own.
 TEST_SECONDS = 300
 SHEBANG = b"#!/usr/bin/env bash\n"
@@ -325,15 +326,26 @@ def codec(session: nox.Session) -> None:
 def filters(session: nox.Session) -> None:
     """Test the filters and what else runs on the control node; modules warn otherwise in a process that has these."""
     session.install(f"ansible-core~={CORE}.0", "-r", "tests/unit/requirements.txt")
-    run_pytest(session, "tests/unit", *(f"--ignore={folder}" for folder in (CODEC_TESTS, HOST_TESTS, MODULE_TESTS)))
+    run_pytest(
+        session,
+        "tests/unit",
+        *(f"--ignore={folder}" for folder in (CODEC_TESTS, HOST_TESTS, MODULE_TESTS, PLAYBOOK_TESTS)),
+    )
+
+
+@nox.session
+def playbooks(session: nox.Session) -> None:
+    """Test the restore onto volumes, in an emulated guest with libvirt; onto files the stage molecule does."""
+    session.install(f"ansible-core~={CORE}.0", "-r", "tests/unit/requirements.txt")
+    run_pytest(session, PLAYBOOK_TESTS)
 
 
 @nox.session(default=False)
 def zfs(session: nox.Session) -> None:
-    """Test snapshots of ZFS in an emulated guest, whose kernel modules are compiled first: many minutes."""
-    session.install("-r", "tests/unit/requirements.txt")
+    """Test snapshots of ZFS, and restoring onto it, in an emulated guest; many minutes, as its modules are compiled."""
+    session.install(f"ansible-core~={CORE}.0", "-r", "tests/unit/requirements.txt")
     session.env["VMBACKUP_STORAGE_ZFS"] = "1"
-    run_pytest(session, f"{HOST_TESTS}/test_zfs.py")
+    run_pytest(session, f"{HOST_TESTS}/test_zfs.py", PLAYBOOK_TESTS)
 
 
 @nox.session

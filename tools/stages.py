@@ -32,7 +32,7 @@ FIRST = ("molecule",)
 
 # Stages that run only when they are named, and why.
 LEFT_OUT = {
-    "zfs": "compiles the modules of ZFS, for many minutes, before it tests snapshots of ZFS in a guest",
+    "zfs": "compiles the modules of ZFS, for many minutes, before it takes snapshots and restores in a guest",
     "bench": "wants a machine that does nothing else",
 }
 

@@ -4,7 +4,7 @@
 
 """A host with storage that the kernel of the machine may lack: an emulated guest with device-mapper, and with ZFS.
 
-    python3 tests/machines/storage_guest.py up /var/tmp/storage      start one: 15 s, and 60 s to build it
+    python3 tests/machines/storage_guest.py up /var/tmp/storage      start one: 15 s, and 90 s to build it
     ansible all -i /var/tmp/storage/inventory.yml -m ping            use it as a managed host
     ssh -F /var/tmp/storage/ssh_config storage lsblk                 or by hand
     python3 tests/machines/storage_guest.py down /var/tmp/storage    stop it; nothing is left but the built image
@@ -12,7 +12,8 @@
 
 With C(--zfs) the image also has ZFS, whose modules are compiled for it, once: 5 minutes.
 
-The guest has /dev/vda and /dev/vdb, empty, 4 GiB each; whatever is written goes with it. sshd listens on 127.0.0.1 at
+The guest has /dev/vda and /dev/vdb, empty, 4 GiB each; whatever is written goes with it. It has libvirt, which
+C(virtlogd -d && libvirtd -d) starts. sshd listens on 127.0.0.1 at
 a free port. The image is kept below C(VMBACKUP_TEST_CACHE), ~/.cache/vmbackup-vma-tests by default, under a digest of
 what it is made from. Building needs root and the packages mmdebstrap and e2fsprogs; running needs qemu-system-x86 and
 openssh-client, and no KVM.
@@ -43,11 +44,15 @@ RELEASE = "bookworm"
 PACKAGES = (
     "iproute2",
     "kmod",
+    "libvirt-clients",
+    "libvirt-daemon-driver-qemu",
+    "libvirt-daemon-system",
     "lvm2",
     "openssh-server",
     "procps",
     "python3",
     "python3-pytest",
+    "qemu-system-x86",
     "thin-provisioning-tools",
     "udev",
 )
@@ -162,14 +167,16 @@ def _build(folder: pathlib.Path, zfs_modules: pathlib.Path | None) -> None:
             raise MachineError(f"the ZFS modules in {zfs_modules} are not for the kernel {version}: remove the folder")
         shutil.copytree(zfs_modules / version, root / "lib/modules" / version / "updates")
         _run("depmod", "--basedir", str(root), version)
+    # libvirtd asks each QEMU what it can, and one is enough.
+    (root / "usr/bin/qemu-system-i386").unlink()
     _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "storage-guest", "-f", str(folder / "id"))
     keys = root / "root/.ssh"
-    keys.mkdir(mode=0o700)
+    keys.mkdir(mode=0o700, exist_ok=True)
     shutil.copy(folder / "id.pub", keys / "authorized_keys")
     shutil.copy(INIT, root / "sbin/storage-guest-init")
     (root / "sbin/storage-guest-init").chmod(0o755)
     (root / "etc/hosts").write_text("127.0.0.1 localhost storage\n", encoding="utf-8")
-    _run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", str(root), str(folder / "root.img"), "1536M")
+    _run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", str(root), str(folder / "root.img"), "3G")
     shutil.rmtree(root)
 
 
